@@ -1,0 +1,87 @@
+"""What a runtime offers. The CPU and the CUDA runtime both answer to these types; the engine's loop speaks only them.
+
+Knows nothing of requests, scheduling policy, files or plugins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arch import Decoder
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's ragged input: N tokens of S sequences, prefill chunks and decodes side by side.
+
+    ``tokens`` and ``positions`` are int32 [N], sequence after sequence. Sequence s owns rows
+    ``query_start[s]:query_start[s + 1]`` (int32 [S + 1]); after the step it has ``context_lens[s]`` tokens in the
+    cache (int32 [S]), in the physical blocks ``block_tables[s]`` (int32 [S, B], padded with 0): position p lies in
+    block ``block_tables[s, p // block_size]``. ``logit_rows`` (int32 [M]) are the rows whose logits are wanted.
+    """
+
+    tokens: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    query_start: NDArray[np.int32]
+    context_lens: NDArray[np.int32]
+    block_tables: NDArray[np.int32]
+    logit_rows: NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """How one row of logits becomes a token. ``position`` is the position the sampled token will have.
+
+    ``repetition`` counts prompt and output, ``presence`` and ``frequency`` only output. ``logprobs`` None: none;
+    n: that of the sampled token and of the n most likely, from the unmodified logits.
+    """
+
+    seed: int
+    position: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    prompt_ids: Sequence[int] = ()
+    output_ids: Sequence[int] = ()
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A sampled token; where asked for, its log-probability and the most likely (id, log-probability), best first."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class LoadedModel(Protocol):
+    """A model on a device: weights uploaded, workspace and KV cache allocated. Not thread-safe."""
+
+    decoder: Decoder
+    block_size: int
+    num_blocks: int
+    max_tokens: int
+    max_logit_rows: int
+
+    def logits(self, batch: Batch) -> NDArray[np.float32]:
+        """Runs a step and returns float32 [M, vocab], after soft cap and scale. The KV of all N tokens is cached."""
+        ...
+
+    def step(self, batch: Batch, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+        """Runs a step and samples one token for each of ``batch.logit_rows`` (as many ``rows``)."""
+        ...
+
+    def close(self) -> None:
+        """Returns all memory. The model cannot be used afterwards."""
+        ...
