@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arch import Decoder
+from .memory import MemoryPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +66,58 @@ class SampledToken:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class WeightInfo(Protocol):
+    """What a file says of one tensor; ``shape`` is in NumPy order, ``type`` a GGML name such as Q4_K."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def type(self) -> str: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class WeightSource(Protocol):
+    """Where a runtime reads weights: an open model file, or random ones made for a benchmark. Thread-safe reads."""
+
+    @property
+    def tensors(self) -> Mapping[str, WeightInfo]: ...
+
+    def data(self, name: str) -> NDArray[np.uint8]:
+        """The stored bytes."""
+        ...
+
+    def dequantise(self, name: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """The values, float32 in the tensor's shape, written to ``out`` where given."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeOptions:
+    """How much a loaded model may hold and do at once. Memory follows from it before anything is allocated.
+
+    ``context`` is the most tokens of one sequence (None: as many as the model and memory allow), ``max_batch`` the most
+    sequences in a step, ``max_tokens`` the most tokens in a step, ``block_size`` the tokens of a KV block.
+    ``deterministic``: a sequence's results are bit-equal alone, in any batch and with any chunking.
+    """
+
+    context: int | None = None
+    kv_dtype: str = "auto"
+    activation_dtype: str = "auto"
+    max_batch: int = 64
+    max_tokens: int = 512
+    block_size: int = 16
+    memory_fraction: float = 0.9
+    deterministic: bool = False
+
+
 class LoadedModel(Protocol):
     """A model on a device: weights uploaded, workspace and KV cache allocated. Not thread-safe."""
 
     decoder: Decoder
-    block_size: int
-    num_blocks: int
-    max_tokens: int
-    max_logit_rows: int
+    plan: MemoryPlan
 
     def logits(self, batch: Batch) -> NDArray[np.float32]:
         """Runs a step and returns float32 [M, vocab], after soft cap and scale. The KV of all N tokens is cached."""

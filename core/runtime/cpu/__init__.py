@@ -1,0 +1,1 @@
+"""The CPU runtime: NumPy in float32. The embedded default, and the reference every kernel is tested against."""

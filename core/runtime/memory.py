@@ -1,0 +1,138 @@
+"""The memory plan: what a model will hold on a device, reckoned before anything is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import CapacityError
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+def size_text(size: int) -> str:
+    """Bytes for a reader: 1.23 GiB, 45.6 MiB, 512 B."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (1 << 10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:,.2f} {name}"
+    return f"{size} B"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes by purpose. ``free`` is what the device had free, ``budget`` the part of it that may be used."""
+
+    device: str
+    total: int
+    free: int
+    budget: int
+    weights: int
+    workspace: int
+    kv_bytes_per_token: int
+    kv_dtype: str
+    block_size: int
+    num_blocks: int
+    context: int
+    model_context: int
+    max_batch: int
+    max_tokens: int
+    max_logit_rows: int
+
+    @property
+    def kv(self) -> int:
+        """Bytes of the KV cache."""
+        return self.num_blocks * self.block_size * self.kv_bytes_per_token
+
+    @property
+    def used(self) -> int:
+        """Bytes of everything."""
+        return self.weights + self.workspace + self.kv
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """The table that ``inspect --memory`` and every out-of-memory error print: purpose, size, remark."""
+        tokens = self.num_blocks * self.block_size
+        return [
+            ("weights", size_text(self.weights), f"as {self.device} holds them"),
+            (
+                "KV cache",
+                size_text(self.kv),
+                f"{tokens:,} tokens x {size_text(self.kv_bytes_per_token)} ({self.kv_dtype}), "
+                f"{self.num_blocks:,} blocks of {self.block_size}",
+            ),
+            ("workspace", size_text(self.workspace), f"steps of up to {self.max_tokens:,} tokens"),
+            ("sum", size_text(self.used), ""),
+            ("free", size_text(self.free), f"of {size_text(self.total)}; {size_text(self.budget)} may be used"),
+        ]
+
+    def table(self) -> str:
+        """The rows as aligned text."""
+        rows = self.rows()
+        wide = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        return "\n".join(f"  {a:<{wide[0]}}  {b:>{wide[1]}}  {c}".rstrip() for a, b, c in rows)
+
+
+def plan_memory(
+    *,
+    device: str,
+    total: int,
+    free: int,
+    memory_fraction: float,
+    weights: int,
+    workspace: int,
+    kv_bytes_per_token: int,
+    kv_dtype: str,
+    block_size: int,
+    context: int | None,
+    model_context: int,
+    max_batch: int,
+    max_tokens: int,
+    max_logit_rows: int,
+    kv_tokens_cap: int | None = None,
+) -> MemoryPlan:
+    """Decides context and number of KV blocks. ``kv_tokens_cap`` bounds the cache where memory would allow more.
+
+    ``context`` None takes the model's context or, if less memory is free, what fits. Raises CapacityError with the
+    table and what would fit.
+    """
+    budget = int(free * memory_fraction)
+    left = budget - weights - workspace
+    fit_blocks = max(0, left // (block_size * kv_bytes_per_token))
+    if context is None:
+        context = min(model_context, fit_blocks * block_size) or 1
+    needed = -(-context // block_size)
+    wanted = max_batch * needed
+    if kv_tokens_cap is not None:
+        wanted = min(wanted, max(needed, -(-kv_tokens_cap // block_size)))
+    plan = MemoryPlan(
+        device=device,
+        total=total,
+        free=free,
+        budget=budget,
+        weights=weights,
+        workspace=workspace,
+        kv_bytes_per_token=kv_bytes_per_token,
+        kv_dtype=kv_dtype,
+        block_size=block_size,
+        num_blocks=max(needed, min(wanted, fit_blocks)),
+        context=context,
+        model_context=model_context,
+        max_batch=max_batch,
+        max_tokens=max_tokens,
+        max_logit_rows=max_logit_rows,
+    )
+    if needed > fit_blocks:
+        raise CapacityError(f"{device} has not enough memory for this model.\n{plan.table()}\n{_advice(plan, left)}")
+    return plan
+
+
+def _advice(plan: MemoryPlan, left: int) -> str:
+    if left <= 0:
+        short = plan.weights + plan.workspace - plan.budget
+        return (
+            f"  would fit: nothing at this quantisation; weights and workspace alone are {size_text(short)} over. "
+            "Use a smaller quantisation or model, or raise runtime.memory_fraction"
+        )
+    tokens = left // plan.kv_bytes_per_token // plan.block_size * plan.block_size
+    if tokens == 0:
+        return "  would fit: not one KV block; lower runtime.max_tokens_per_step or use a smaller quantisation"
+    return f"  would fit: runtime.context = {tokens:,} with one sequence (asked for {plan.context:,})"

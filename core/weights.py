@@ -1,0 +1,71 @@
+"""Claims: which tensor of a file each leaf of a Decoder reads. Every tensor is claimed once or named as unused.
+
+Knows names, shapes and types; reads no values.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from .arch import Decoder, TensorSpec
+from .errors import TensorError
+from .runtime.contract import WeightInfo
+
+_MOST_LINES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """The tensors a model reads, in the order of its tree, and the file's tensors that it does not."""
+
+    specs: tuple[TensorSpec, ...]
+    unused: tuple[str, ...]
+
+
+def claim(decoder: Decoder, tensors: Mapping[str, WeightInfo]) -> Claims:
+    """Matches a decoder with a file's tensors before a byte is read.
+
+    Raises TensorError that lists every tensor that is missing, of another shape than the decoder needs, claimed by two
+    leaves, or left over without the architecture naming it as unused.
+    """
+    specs = tuple(decoder.tensors())
+    problems: list[str] = []
+    owners: dict[str, TensorSpec] = {}
+    for spec in specs:
+        first = owners.setdefault(spec.name, spec)
+        if first is not spec and not (first.shared and spec.shared and first.shape == spec.shape):
+            problems.append(f"claimed twice: {spec.name}, by {first.owner} and by {spec.owner}")
+    left = [name for name in tensors if name not in owners]
+    unused = tuple(name for name in left if any(fnmatch.fnmatchcase(name, glob) for glob in decoder.unused))
+    extra = [name for name in left if name not in unused]
+    problems += _missing_or_misshapen(owners, tensors, extra)
+    problems += [
+        f"not claimed: {name} {_shape(tensors[name].shape)}, which nothing in this architecture reads" for name in extra
+    ]
+    if problems:
+        more = len(problems) - _MOST_LINES
+        shown = problems[:_MOST_LINES] + ([f"and {more} more"] if more > 0 else [])
+        raise TensorError("the file's tensors do not fit the architecture:\n  " + "\n  ".join(shown))
+    return Claims(specs, unused)
+
+
+def _missing_or_misshapen(
+    owners: Mapping[str, TensorSpec], tensors: Mapping[str, WeightInfo], extra: list[str]
+) -> Iterator[str]:
+    for spec in owners.values():
+        if spec.name not in tensors:
+            close = difflib.get_close_matches(spec.name, extra, 1, cutoff=0.85)
+            hint = f"; the file has {close[0]}" if close else ""
+            yield f"missing: {spec.name} {_shape(spec.shape)}, which {spec.owner} reads{hint}"
+        elif tuple(tensors[spec.name].shape) != spec.shape:
+            yield (
+                f"wrong shape: {spec.name} is {_shape(tensors[spec.name].shape)} in the file, "
+                f"{spec.owner} needs {_shape(spec.shape)}"
+            )
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
