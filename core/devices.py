@@ -41,6 +41,7 @@ def runtime_options(config: RunConfig) -> RuntimeOptions:
         block_size=runtime.block_size,
         memory_fraction=runtime.memory_fraction,
         deterministic=runtime.deterministic,
+        threads=runtime.threads,
     )
 
 

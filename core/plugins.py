@@ -1,12 +1,14 @@
 """Discovery of plugins, each in isolation, and the registry that answers which architecture runs a model.
 
-A broken plugin never takes the others down: it is listed as FAILED with its reason, and becomes an error only when it
-is the one needed.
+A broken plugin never takes the others down: it is listed as FAILED with its reason, logged as a warning, and becomes an
+error only when it is the one needed.
 """
 
 from __future__ import annotations
 
 import difflib
+import logging
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata as importlib_metadata
@@ -14,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from . import hookspecs
 from .arch import Decoder, Metadata, Module
-from .architecture import SUPPORTED_API_VERSIONS, Architecture
-from .errors import ConfigError, PluginError, PolyheadError
+from .architecture import Architecture
+from .errors import ConfigError, MissingKeyError, PluginError, PolyheadError
+from .plugin_checks import check_modules, read_plugin
 from .runtime.modules import ModuleKind
 
 if TYPE_CHECKING:
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 GROUP = "polyhead"
 GUIDE = "docs/plugins.md"
+_MOST_SHOWN = 10
+
+_log = logging.getLogger("polyhead")
 
 
 @dataclass
@@ -43,10 +48,11 @@ class Plugin:
 
     @property
     def origin(self) -> str:
-        return f"{self.name} ({self.distribution} {self.version})"
+        return f"{self.name} ({f'{self.distribution} {self.version}'.strip()})"
 
     def fail(self, reason: str) -> None:
-        self.state, self.reason = "FAILED", reason
+        """Marks it as FAILED; the reason becomes one line."""
+        self.state, self.reason = "FAILED", _short(" ".join(reason.split()), 500)
         self.architectures, self.modules, self.manager = [], [], None
 
 
@@ -70,31 +76,21 @@ class Registry:
 
         Raises PluginError when none or several answer.
         """
-        if wanted is not None:
-            named = [pair for pair in self._architectures() if pair[1].name == wanted]
-            if not named:
-                raise PluginError(self._unknown_name(wanted))
-            found = [pair for pair in named if gguf_name in pair[1].gguf_names]
-            if not found:
-                _, architecture = named[0]
-                raise PluginError(
-                    f"the config says architecture: {wanted}, which answers to "
-                    f"{', '.join(architecture.gguf_names)}, but the file's general.architecture is {gguf_name!r}"
-                )
-            advice = f"disable one with plugins.disable: [{found[0][0].name}]"
-        else:
-            found = [pair for pair in self._architectures() if gguf_name in pair[1].gguf_names]
-            if not found:
-                raise PluginError(self._unknown_architecture(gguf_name))
-            advice = (
-                f"say which in the config, such as architecture: {found[0][1].name}, "
-                f"or disable one with plugins.disable: [{found[0][0].name}]"
-            )
-        if len(found) > 1:
-            claims = " and ".join(f"{arch.name} of {plugin.origin}" for plugin, arch in found)
-            what = f"architecture {wanted}" if wanted else f"general.architecture {gguf_name!r}"
-            raise PluginError(f"{what} is claimed by {claims}; {advice}")
-        return found[0]
+        candidates = [pair for pair in self._architectures() if wanted in (None, pair[1].name)]
+        if wanted is not None and not candidates:
+            raise PluginError(self._unknown_name(wanted))
+        found = [pair for pair in candidates if gguf_name in pair[1].gguf_names]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise PluginError(self._ambiguous(gguf_name, found))
+        if wanted is None:
+            raise PluginError(self._unknown_architecture(gguf_name))
+        answers = ", ".join(name for _, architecture in candidates for name in architecture.gguf_names)
+        raise PluginError(
+            f"the config says architecture: {wanted}, which answers to {answers}, "
+            f"but the file's general.architecture is {_short(repr(gguf_name))}"
+        )
 
     def decoder(
         self,
@@ -111,23 +107,28 @@ class Registry:
         """
         name = values.get("general.architecture")
         if not isinstance(name, str):
-            raise ConfigError("the file has no metadata key general.architecture, so no plugin can be chosen")
+            raise MissingKeyError("the file has no metadata key general.architecture, so no plugin can be chosen")
         plugin, arch = self.find(name, architecture)
         meta = Metadata(values, tensors, name, arch.name)
         try:
             decoder = arch.decoder(meta)
+            if not isinstance(decoder, Decoder):
+                raise PluginError(f"decoder() returned {type(decoder).__name__}, expected Decoder")
+            check_modules(decoder)
+            tuple(decoder.tensors())  # a leaf of the wrong type shows here, and not as a crash later
+        except PluginError as error:
+            raise PluginError(f"plugin {plugin.origin}: {error}") from error
         except PolyheadError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(f"plugin {plugin.origin} failed on this file: {type(error).__name__}: {error}") from error
-        if not isinstance(decoder, Decoder):
-            raise PluginError(f"plugin {plugin.origin}: decoder() returned {type(decoder).__name__}, expected Decoder")
         unread = [key for key in meta.unread() if key not in ignore]
         if unread:
-            shown = ", ".join(f"{key} = {values[key]!r:.60}" for key in unread)
+            shown = ", ".join(f"{_short(key)} = {_short(repr(values[key]))}" for key in unread[:_MOST_SHOWN])
+            more = f" and {len(unread) - _MOST_SHOWN} more" if len(unread) > _MOST_SHOWN else ""
             raise ConfigError(
-                f"plugin {plugin.origin} does not know the metadata {shown}; the model might run wrongly. "
-                f"To run it all the same, set model.ignore_metadata: [{', '.join(unread)}]"
+                f"plugin {plugin.origin} does not know the metadata {shown}{more}; the model might run wrongly. "
+                f"To run it all the same, set model.ignore_metadata: [{', '.join(unread[:_MOST_SHOWN])}]"
             )
         return decoder, plugin, arch
 
@@ -163,114 +164,100 @@ class Registry:
 
     def _unknown_architecture(self, gguf_name: str) -> str:
         return (
-            f"no plugin answers to general.architecture {gguf_name!r}. Known:\n{self._known()}\n"
+            f"no plugin answers to general.architecture {_short(repr(gguf_name))}. Known:\n{self._known()}\n"
             f"A pip package can add it: {GUIDE} shows how"
         )
 
     def _unknown_name(self, wanted: str) -> str:
-        names = [arch.name for _, arch in self._architectures()]
-        close = difflib.get_close_matches(wanted, names, 1)
+        close = difflib.get_close_matches(wanted, [arch.name for _, arch in self._architectures()], 1)
         hint = f" Did you mean {close[0]}?" if close else ""
         return f"no plugin provides architecture {wanted!r}.{hint} Known:\n{self._known()}"
+
+    def _ambiguous(self, gguf_name: str, found: Sequence[tuple[Plugin, Architecture]]) -> str:
+        claims = " and ".join(f"architecture {arch.name} of plugin {plugin.origin}" for plugin, arch in found)
+        names = list(dict.fromkeys(arch.name for _, arch in found))
+        choose = f"say which with architecture: {' or '.join(names)}, or " if len(names) == len(found) else ""
+        handles = " or ".join(f"plugins.disable: [{self._handle(plugin)}]" for plugin, _ in found)
+        return f"general.architecture {gguf_name!r} is claimed by {claims}; {choose}leave one out with {handles}"
+
+    def _handle(self, plugin: Plugin) -> str:
+        """What to write in ``plugins.disable`` for this plugin and no namesake."""
+        alone = [other.name for other in self.plugins].count(plugin.name) == 1
+        return plugin.name if alone else plugin.distribution
 
 
 def discover(
     disable: Collection[str] = (), entry_points: Iterable[importlib_metadata.EntryPoint] | None = None
 ) -> Registry:
-    """Loads every plugin of the group ``polyhead``, each in isolation.
+    """Loads every plugin of the group ``polyhead``, each in isolation. Logs a warning for each that failed.
 
     ``disable`` holds names of entry points or distributions; a name that matches none is a PluginError.
     ``entry_points`` replaces the installed ones.
     """
-    found = importlib_metadata.entry_points(group=GROUP) if entry_points is None else entry_points
+    disabled = {_canonical(name) for name in disable}
     plugins: dict[tuple[str, str, str], Plugin] = {}
-    for entry in found:
-        plugin = Plugin(
-            entry.name,
-            entry.value,
-            entry.dist.name if entry.dist else "unknown distribution",
-            entry.dist.version if entry.dist else "",
-        )
+    for entry in _installed() if entry_points is None else entry_points:
+        plugin = Plugin(entry.name, entry.value, *_distribution(entry))
         key = (plugin.name, plugin.module, plugin.distribution)
         if key in plugins:  # an editable install may be listed twice
             continue
         plugins[key] = plugin
-        if plugin.name in disable or plugin.distribution in disable:
+        if disabled & {_canonical(plugin.name), _canonical(plugin.distribution)}:
             plugin.state = "disabled"
         else:
             _load(plugin, entry)
     ordered = sorted(plugins.values(), key=lambda plugin: (plugin.distribution != "polyhead", plugin.name))
-    known = {plugin.name for plugin in ordered} | {plugin.distribution for plugin in ordered}
-    for name in disable:
-        if name not in known:
-            raise PluginError(
-                f"plugins.disable names {name!r}, which is not installed; "
-                f"installed: {', '.join(sorted(known)) or 'none'}"
-            )
+    _refuse_unknown(disable, ordered)
     _refuse_shared_specs(ordered)
+    for plugin in ordered:
+        if plugin.state == "FAILED":
+            _log.warning("plugin %s is left out: %s", plugin.origin, plugin.reason)
     return Registry(ordered)
 
 
-def _load(plugin: Plugin, entry: importlib_metadata.EntryPoint) -> None:
-    manager = pluggy.PluginManager(GROUP)
-    manager.add_hookspecs(hookspecs)
+def _installed() -> Iterator[importlib_metadata.EntryPoint]:
     try:
-        manager.register(entry.load(), plugin.name)
-        manager.check_pending()
-        architectures = [item for items in manager.hook.polyhead_register_architectures() for item in items]
-        modules = [item for items in manager.hook.polyhead_register_modules() for item in items]
-        for architecture in architectures:
-            _check_architecture(architecture)
-        for kind in modules:
-            _check_module_kind(kind)
-    except pluggy.PluginValidationError as error:
-        plugin.fail(_explain_hook(error))
+        yield from importlib_metadata.entry_points(group=GROUP)
+        return
+    except Exception as error:  # one distribution with unreadable metadata; the others need not suffer
+        _log.warning("an installed package has broken entry points (%s: %s)", type(error).__name__, error)
+    for distribution in importlib_metadata.distributions():
+        try:
+            yield from [entry for entry in distribution.entry_points if entry.group == GROUP]
+        except Exception:
+            continue
+
+
+def _distribution(entry: importlib_metadata.EntryPoint) -> tuple[str, str]:
+    try:
+        if entry.dist is not None:
+            return str(entry.dist.name), str(entry.dist.version)
+    except Exception:  # a dist-info folder without METADATA
+        pass
+    return "unknown distribution", ""
+
+
+def _load(plugin: Plugin, entry: importlib_metadata.EntryPoint) -> None:
+    try:
+        plugin.manager, plugin.architectures, plugin.modules = read_plugin(entry.load(), plugin.name)
     except PluginError as error:
         plugin.fail(str(error))
     except Exception as error:
         plugin.fail(f"{type(error).__name__}: {error}")
     except SystemExit as error:  # a module that calls sys.exit() at import must not end the command
         plugin.fail(f"called sys.exit({error.code!r}) while it was loaded")
-    else:
-        plugin.architectures, plugin.modules, plugin.manager = architectures, modules, manager
 
 
-def _check_architecture(architecture: object) -> None:
-    label = getattr(architecture, "name", None) or type(architecture).__name__
-    missing = [
-        name for name in ("name", "gguf_names", "api_version", "decoder", "block") if not hasattr(architecture, name)
-    ]
-    if missing or not isinstance(architecture, Architecture):
-        raise PluginError(f"architecture {label} lacks {', '.join(missing)}")
-    names = architecture.gguf_names
-    if not isinstance(architecture.name, str) or not architecture.name:
-        raise PluginError(f"architecture {label}: name is {architecture.name!r}, expected a string")
-    if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
-        raise PluginError(f"architecture {label}: gguf_names is {names!r}, expected a tuple of strings")
-    if architecture.api_version not in SUPPORTED_API_VERSIONS:
-        supported = ", ".join(map(str, SUPPORTED_API_VERSIONS))
-        raise PluginError(
-            f"architecture {label} was written for plugin API version {architecture.api_version!r}; "
-            f"this polyhead supports {supported}. Upgrade the plugin or polyhead"
-        )
-
-
-def _check_module_kind(kind: object) -> None:
-    if not isinstance(kind, ModuleKind):
-        raise PluginError(f"polyhead_register_modules returned {type(kind).__name__}, expected ModuleKind")
-    if not (isinstance(kind.spec, type) and issubclass(kind.spec, Module)) or not callable(kind.cpu):
-        raise PluginError(f"{kind!r}: spec must be a subclass of polyhead.arch.Module and cpu a callable")
-
-
-def _explain_hook(error: pluggy.PluginValidationError) -> str:
-    known = [name for name in vars(hookspecs) if name.startswith("polyhead_")]
-    words = str(error).replace("'", " ").split()
-    unknown = next((word for word in words if word.startswith("polyhead_") and word not in known), None)
-    if unknown is None:
-        return " ".join(str(error).split())
-    close = difflib.get_close_matches(unknown, known, 1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    return f"implements {unknown}, which is not a hook{hint} Hooks: {', '.join(known)}"
+def _refuse_unknown(disable: Collection[str], plugins: Sequence[Plugin]) -> None:
+    known = sorted({plugin.name for plugin in plugins} | {plugin.distribution for plugin in plugins})
+    canonical = {_canonical(name): name for name in known}
+    for name in disable:
+        if _canonical(name) not in canonical:
+            close = difflib.get_close_matches(_canonical(name), canonical, 1)
+            hint = f" Did you mean {canonical[close[0]]}?" if close else ""
+            raise PluginError(
+                f"plugins.disable names {name!r}, which is not installed.{hint} Installed: {', '.join(known) or 'none'}"
+            )
 
 
 def _refuse_shared_specs(plugins: Sequence[Plugin]) -> None:
@@ -281,3 +268,12 @@ def _refuse_shared_specs(plugins: Sequence[Plugin]) -> None:
             if first is not plugin:
                 plugin.fail(f"registers module {kind.spec.__name__}, which {first.origin} registers too")
                 break
+
+
+def _canonical(name: str) -> str:
+    """Package names are equal whatever their case and whichever of ``-``, ``_`` and ``.`` they use (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _short(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."

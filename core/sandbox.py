@@ -8,7 +8,6 @@ much from little say how much before they make it. Knows nothing of chats and me
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import BuiltinMethodType
 from typing import Any
@@ -19,23 +18,25 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
-from .sandbox_filters import FILTERS, STR_METHODS, TESTS, make_globals, percent_format
-from .sandbox_meter import Limit, meter
+from .sandbox_filters import FILTERS, STR_METHODS, TESTS, make_globals, names, percent_format
+from .sandbox_meter import Limit, bytes_in, meter
 
 _LOOP_NAMES = frozenset(
-    "index index0 revindex revindex0 first last length depth depth0 previtem nextitem cycle changed".split()
+    names("index index0 revindex revindex0 first last length depth depth0 previtem nextitem cycle changed")
 )
 _DICT_NAMES = frozenset({"get", "items", "keys", "values"})
 _MAX_INT_BITS = 4096
-_STATEMENTS = (nodes.Template, nodes.Output, nodes.TemplateData, nodes.For, nodes.If, nodes.Macro, nodes.CallBlock)
-_STATEMENTS += (nodes.FilterBlock, nodes.With, nodes.AssignBlock, nodes.Assign, nodes.Scope)  # type: ignore[assignment]
-_STATEMENTS += (nodes.Continue, nodes.Break)  # type: ignore[assignment]
-_EXPRESSIONS = (nodes.NSRef, nodes.Name, nodes.Const, nodes.Tuple, nodes.List, nodes.Dict, nodes.Pair, nodes.Keyword)
-_EXPRESSIONS += (nodes.CondExpr, nodes.Filter, nodes.Test, nodes.Call, nodes.Getitem, nodes.Getattr, nodes.Slice)  # type: ignore[assignment]
-_EXPRESSIONS += (nodes.Concat, nodes.Compare, nodes.Operand, nodes.BinExpr, nodes.UnaryExpr)  # type: ignore[assignment]
+_MAX_NODES = 8_000
+_OFFERED: tuple[type[nodes.Node], ...] = (
+    *(nodes.Template, nodes.Output, nodes.TemplateData, nodes.For, nodes.If, nodes.Macro, nodes.CallBlock),
+    *(nodes.FilterBlock, nodes.With, nodes.AssignBlock, nodes.Assign, nodes.Scope, nodes.Continue, nodes.Break),
+    *(nodes.NSRef, nodes.Name, nodes.Const, nodes.Tuple, nodes.List, nodes.Dict, nodes.Pair, nodes.Keyword),
+    *(nodes.CondExpr, nodes.Filter, nodes.Test, nodes.Call, nodes.Getitem, nodes.Getattr, nodes.Slice),
+    *(nodes.Concat, nodes.Compare, nodes.Operand, nodes.BinExpr, nodes.UnaryExpr),
+)
 
 
 class GenerationTag(Extension):
@@ -51,10 +52,16 @@ class GenerationTag(Extension):
 class _Metered(NodeTransformer):
     """Refuses statements that chat templates do not need, and puts the meter's filters where work or text arises."""
 
+    def __init__(self) -> None:
+        self._seen = 0
+
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(node, _STATEMENTS + _EXPRESSIONS):
+        if not isinstance(node, _OFFERED):
             kind = type(node).__name__.lower()
             raise TemplateSyntaxError(f"'{kind}' is not offered to chat templates", node.lineno)
+        self._seen += 1
+        if self._seen > _MAX_NODES:
+            raise TemplateSyntaxError(f"the template has more than {_MAX_NODES} parts", node.lineno or 1)
         return super().visit(node, *args, **kwargs)
 
     @staticmethod
@@ -142,19 +149,23 @@ class _SizedSteps(_Steps):
         return len(self._items)  # type: ignore[arg-type]
 
 
-def _loop(value: Any) -> _Steps:
+@pass_context
+def _loop(_context: Any, value: Any) -> _Steps:
     iter(value)  # a value that cannot be iterated fails here, with Python's message
     return _SizedSteps(value) if hasattr(value, "__len__") else _Steps(value)
 
 
-def _emit(value: Any) -> str:
+@pass_context
+def _emit(_context: Any, value: Any) -> str:
     return meter().text(value)
 
 
-def _concat(values: tuple[Any, ...]) -> str:
+@pass_context
+def _concat(_context: Any, values: tuple[Any, ...]) -> str:
     now = meter()
     texts = [now.text(value) for value in values]
-    return now.made("".join(texts))
+    text: str = now.made("".join(texts))
+    return text
 
 
 def _plain(value: Any) -> Any:
@@ -176,6 +187,10 @@ def _made(value: Any) -> Any:
     return meter().made(value)
 
 
+def _second(function: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda _context, value: function(value)
+
+
 class TemplateSandbox(ImmutableSandboxedEnvironment):
     """The environment. Compile and render inside ``metering``, which holds the limits of one call."""
 
@@ -189,7 +204,10 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             autoescape=False,
             extensions=[GenerationTag, "jinja2.ext.loopcontrols"],
         )
-        own = {"_loop": _loop, "_emit": _emit, "_concat": _concat, "_plain": _plain, "_key": _key, "_made": _made}
+        # All take the context, which also keeps the compiler from working them out once and for all.
+        own: dict[str, Callable[..., Any]] = {"_loop": _loop, "_emit": _emit, "_concat": _concat}
+        own |= {"_plain": pass_context(_second(_plain)), "_key": pass_context(_second(_key))}
+        own["_made"] = pass_context(_second(_made))
         self.filters = FILTERS | own
         self.tests = dict(TESTS)
         self.globals = make_globals()
@@ -218,7 +236,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return getattr(obj, attribute) if allowed else self._absent(obj, attribute)
 
     def _absent(self, obj: Any, attribute: str) -> Undefined:
-        if hasattr(type(obj), attribute):
+        if attribute.startswith("__") or hasattr(type(obj), attribute):
             return self.unsafe_undefined(obj, attribute)
         return self.undefined(obj=obj, name=attribute)
 
@@ -232,25 +250,27 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         _key(argument)
         if isinstance(obj, dict | list | tuple | str | range):
             try:
-                return obj[argument]  # type: ignore[index]
+                return obj[argument]
             except (LookupError, TypeError):
                 pass
         if isinstance(argument, str):
             return self.getattr(obj, argument)
         return self.undefined(obj=obj, name=argument)
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls a macro, a global function, or one of the methods that templates may use."""
         now = meter()
         with now.nested():
             if isinstance(__obj, BuiltinMethodType):
+                for scope in ("_block_vars", "_loop_vars"):  # the compiler's, for functions that take the context
+                    kwargs.pop(scope, None)
                 target = __obj.__self__
                 if isinstance(target, str) and __obj.__name__ in STR_METHODS:
                     return now.made(STR_METHODS[__obj.__name__](target, *args, **kwargs))
                 if isinstance(target, dict) and __obj.__name__ in _DICT_NAMES:
                     return __obj(*map(_key, args))
             elif isinstance(__obj, Undefined):
-                return __obj(*args)  # raises, naming what is undefined
+                return __obj()  # raises, naming what is undefined
             elif isinstance(__obj, Macro | LoopContext) or id(__obj) in __self._functions:
                 return now.made(__context.call(__obj, *args, **kwargs))
             elif getattr(__obj, "__func__", None) in (LoopContext.cycle, LoopContext.changed):
@@ -261,17 +281,19 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         """``left operator right``, refused where the result would be too large."""
         now = meter()
         now.step()
+        too_big = False
         if operator == "%" and isinstance(left, str):
             return now.made(percent_format(left, right))
         if operator == "+" and isinstance(left, str | list | tuple) and type(left) is type(right):
-            now.expect(sys.getsizeof(left) + sys.getsizeof(right))
+            now.expect(bytes_in(left) + bytes_in(right))
         elif operator == "*":
             for many, times in ((left, right), (right, left)):
                 if isinstance(many, str | list | tuple) and isinstance(times, int):
-                    now.expect(sys.getsizeof(many) * max(times, 0))
+                    now.expect(bytes_in(many) * max(times, 0))
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            if left.bit_length() * abs(right) > _MAX_INT_BITS:
-                raise Limit(f"{operator} makes a number of more than {_MAX_INT_BITS} bits")
+            too_big = left.bit_length() * abs(right) > _MAX_INT_BITS
+        if too_big:
+            raise Limit(f"{operator} makes a number of more than {_MAX_INT_BITS} bits")
         binop: Callable[[Any, Any], Any] = self.binop_table[operator]
         result = binop(left, right)
         if isinstance(result, int) and result.bit_length() > _MAX_INT_BITS:

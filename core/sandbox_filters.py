@@ -15,9 +15,10 @@ from datetime import datetime
 from itertools import chain
 from typing import Any
 
-from jinja2.defaults import DEFAULT_FILTERS, DEFAULT_TESTS
 from jinja2.exceptions import TemplateRuntimeError
+from jinja2.filters import FILTERS as JINJA_FILTERS
 from jinja2.filters import make_attrgetter
+from jinja2.tests import TESTS as JINJA_TESTS
 from jinja2.utils import Namespace, pass_environment
 from markupsafe import escape
 
@@ -27,6 +28,11 @@ _MAX_RANGE = 100_000
 _MAX_WIDTH = 1000
 _MAX_CHARS = 64
 _MAX_INDENT = 16
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The words of the text."""
+    return tuple(text.split())
 
 
 def counted(items: Iterable[Any]) -> Iterator[Any]:
@@ -88,17 +94,17 @@ def _brace_format(pattern: str, *args: Any, **kwargs: Any) -> str:
 
 
 def _replace(text: Any, old: str, new: str, count: int | None = None) -> str:
-    text, old, new = meter().text(text), meter().text(old), meter().text(new)
+    text, old, new = str(meter().text(text)), meter().text(old), meter().text(new)
     meter().expect(_size(text) + (text.count(old) + 1) * len(new) * 4)
     return text.replace(old, new, -1 if count is None else count)
 
 
-def _join(values: Any, separator: Any = "", attribute: Any = None) -> str:
+def _join(values: Any, separator: Any = "") -> str:
     now = meter()
     texts = [now.text(value) for value in counted(values)]
-    separator = now.text(separator)
-    now.expect(len(texts) * len(separator) * 4)
-    return separator.join(texts)
+    between = now.text(separator)
+    now.expect(len(texts) * len(between) * 4)
+    return between.join(texts)
 
 
 @pass_environment
@@ -137,7 +143,7 @@ def _indent(s: Any, width: int | str = 4, first: bool = False, blank: bool = Fal
     if len(lead) > _MAX_CHARS:
         raise Limit(f"an indentation has up to {_MAX_CHARS} characters, not {len(lead)}")
     meter().expect(_size(text) + (text.count("\n") + 1) * len(lead) * 4)
-    result: str = DEFAULT_FILTERS["indent"](text, lead, first, blank)
+    result: str = JINJA_FILTERS["indent"](text, lead, first, blank)
     return result
 
 
@@ -169,7 +175,7 @@ def _sum(environment: Any, iterable: Any, attribute: Any = None, start: Any = 0)
 
 
 def _round(value: float, precision: int = 0, method: str = "common") -> Any:
-    return DEFAULT_FILTERS["round"](value, _small(precision, 20, "round's precision"), method)
+    return JINJA_FILTERS["round"](value, _small(precision, 20, "round's precision"), method)
 
 
 def _range(*args: Any) -> range:
@@ -216,22 +222,22 @@ def _bounded(name: str) -> Callable[..., Any]:
     return call
 
 
-_PLAIN_METHODS = (
+_PLAIN_METHODS = names(
     "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric "
     "isspace istitle isupper lower partition removeprefix removesuffix rfind rindex rpartition startswith swapcase "
     "title upper"
-).split()
+)
 STR_METHODS: dict[str, Callable[..., Any]] = {name: _bounded(name) for name in _PLAIN_METHODS}
 STR_METHODS |= {name: _strip(getattr(str, name)) for name in ("strip", "lstrip", "rstrip")}
 STR_METHODS |= {name: _split(getattr(str, name)) for name in ("split", "rsplit", "splitlines")}
 STR_METHODS |= {name: _padded(getattr(str, name)) for name in ("center", "ljust", "rjust", "zfill")}
 STR_METHODS |= {"replace": _replace, "format": _brace_format, "join": lambda text, values: _join(values, text)}
 
-_PLAIN_FILTERS = (
+_PLAIN_FILTERS = names(
     "abs capitalize count d default dictsort first float int items last length lower map max min reject rejectattr "
     "reverse select selectattr sort title unique upper"
-).split()
-FILTERS: dict[str, Callable[..., Any]] = {name: _metered(DEFAULT_FILTERS[name]) for name in _PLAIN_FILTERS}
+)
+FILTERS: dict[str, Callable[..., Any]] = {name: _metered(JINJA_FILTERS[name]) for name in _PLAIN_FILTERS}
 _OWN_FILTERS: dict[str, Callable[..., Any]] = {
     "e": lambda value: str(escape(meter().text(value))),
     "escape": lambda value: str(escape(meter().text(value))),
@@ -254,4 +260,4 @@ def _own(function: Callable[..., Any]) -> Callable[..., Any]:
 FILTERS |= {name: _own(function) for name, function in _OWN_FILTERS.items()}
 FILTERS |= {"join": _own(_join_filter), "sum": _own(_sum)}
 _NO_TESTS = {"callable", "escaped", "filter", "test"}
-TESTS = {name: _metered(test) for name, test in DEFAULT_TESTS.items() if name not in _NO_TESTS}
+TESTS = {name: _metered(test) for name, test in JINJA_TESTS.items() if name not in _NO_TESTS}

@@ -15,6 +15,7 @@ from .errors import TensorError
 from .runtime.contract import WeightInfo
 
 _MOST_LINES = 20
+_MOST_CANDIDATES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +39,12 @@ def claim(decoder: Decoder, tensors: Mapping[str, WeightInfo]) -> Claims:
         first = owners.setdefault(spec.name, spec)
         if first is not spec and not (first.shared and spec.shared and first.shape == spec.shape):
             problems.append(f"claimed twice: {spec.name}, by {first.owner} and by {spec.owner}")
-    left = [name for name in tensors if name not in owners]
-    unused = tuple(name for name in left if any(fnmatch.fnmatchcase(name, glob) for glob in decoder.unused))
-    extra = [name for name in left if name not in unused]
+    unused: list[str] = []
+    extra: list[str] = []
+    for name in tensors:
+        if name not in owners:
+            known = any(fnmatch.fnmatchcase(name, glob) for glob in decoder.unused)
+            (unused if known else extra).append(name)
     problems += _missing_or_misshapen(owners, tensors, extra)
     problems += [
         f"not claimed: {name} {_shape(tensors[name].shape)}, which nothing in this architecture reads" for name in extra
@@ -49,15 +53,19 @@ def claim(decoder: Decoder, tensors: Mapping[str, WeightInfo]) -> Claims:
         more = len(problems) - _MOST_LINES
         shown = problems[:_MOST_LINES] + ([f"and {more} more"] if more > 0 else [])
         raise TensorError("the file's tensors do not fit the architecture:\n  " + "\n  ".join(shown))
-    return Claims(specs, unused)
+    return Claims(specs, tuple(unused))
 
 
 def _missing_or_misshapen(
     owners: Mapping[str, TensorSpec], tensors: Mapping[str, WeightInfo], extra: list[str]
 ) -> Iterator[str]:
+    missing = 0
     for spec in owners.values():
         if spec.name not in tensors:
-            close = difflib.get_close_matches(spec.name, extra, 1, cutoff=0.85)
+            # A hostile file may hold a million names: look for similar ones only where the answer is shown.
+            missing += 1
+            candidates = extra[:_MOST_CANDIDATES] if missing <= _MOST_LINES else []
+            close = difflib.get_close_matches(spec.name, candidates, 1, cutoff=0.85)
             hint = f"; the file has {close[0]}" if close else ""
             yield f"missing: {spec.name} {_shape(spec.shape)}, which {spec.owner} reads{hint}"
         elif tuple(tensors[spec.name].shape) != spec.shape:

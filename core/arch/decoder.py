@@ -51,6 +51,8 @@ class Decoder:
             self.logit_softcap is None or (math.isfinite(self.logit_softcap) and self.logit_softcap > 0),
             f"Decoder: logit_softcap is {self.logit_softcap!r}, expected a number above 0",
         )
+        # The letters of a string would each be a pattern, and its * would excuse every tensor.
+        check(not isinstance(self.unused, str), f"Decoder: unused is {self.unused!r}, expected a tuple of patterns")
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Every tensor the model reads, in the order of the tree; a tied head adds none."""

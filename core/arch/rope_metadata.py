@@ -59,7 +59,9 @@ def _read_yarn(meta: Metadata, factor: float) -> YarnScaling:
         raise ConfigError(
             f"{meta.architecture}.rope.scaling.yarn_ext_factor is {extrapolation}; plugin {meta.plugin} supports only 1"
         )
-    attention = meta.get(float, "rope.scaling.yarn_attn_factor", meta.get(float, "rope.scaling.attn_factor", 1.0))
+    # Converters write a whole magnitude here that readers take for a factor: which is meant cannot be told.
+    meta.require(rope__scaling__yarn_attn_factor=1.0)
+    attention = meta.get(float, "rope.scaling.attn_factor", 1.0)
     return YarnScaling(
         factor=factor,
         original_context=meta.get(int, "rope.scaling.original_context_length", minimum=1),

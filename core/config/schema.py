@@ -172,7 +172,10 @@ class RuntimeConfig(Section):
         default=False, description="Bit-equal results alone, in any batch and with any chunking; somewhat slower."
     )
     threads: int | None = Field(
-        default=None, ge=1, le=4096, description="CPU threads for the CPU runtime; null: as many as there are cores."
+        default=None,
+        ge=1,
+        le=4096,
+        description="Threads of the CPU runtime's matrix products; null: as many as there are cores.",
     )
 
 
@@ -253,8 +256,11 @@ class RunConfig(Section):
     )
     runtime: RuntimeConfig = Field(default=RuntimeConfig(), description="Memory, precision and batching.")
     sampling: SamplingConfig = Field(default=SamplingConfig(), description="How the next token is chosen.")
-    chat: bool = Field(default=True, description="Put prompts into the model's chat template, as a user's message.")
-    system: str | None = Field(default=None, description="A system message before the prompt; needs chat: true.")
+    chat: bool | None = Field(
+        default=None,
+        description="Put prompts into the model's chat template, as a user's message; null: if the model has one.",
+    )
+    system: str | None = Field(default=None, description="A system message before the prompt, when chatting.")
     prompt: Annotated[
         str | tuple[str, ...] | None, BeforeValidator(_prompts, json_schema_input_type=str | list[str] | None)
     ] = Field(default=None, description="A prompt, or a list of prompts that are batched.")
@@ -262,6 +268,6 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        if self.system is not None and not self.chat:
+        if self.system is not None and self.chat is False:
             raise ValueError("has a system message, but chat is false: without a template it would be ignored")
         return self

@@ -100,7 +100,8 @@ class RuntimeOptions:
 
     ``context`` is the most tokens of one sequence (None: as many as the model and memory allow), ``max_batch`` the most
     sequences in a step, ``max_tokens`` the most tokens in a step, ``block_size`` the tokens of a KV block.
-    ``deterministic``: a sequence's results are bit-equal alone, in any batch and with any chunking.
+    ``threads`` bounds the CPU runtime's matrix products. ``deterministic``: a sequence's results are bit-equal alone,
+    in any batch and with any chunking.
     """
 
     context: int | None = None
@@ -111,6 +112,7 @@ class RuntimeOptions:
     block_size: int = 16
     memory_fraction: float = 0.9
     deterministic: bool = False
+    threads: int | None = None
 
 
 class LoadedModel(Protocol):

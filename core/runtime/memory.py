@@ -126,13 +126,17 @@ def plan_memory(
 
 
 def _advice(plan: MemoryPlan, left: int) -> str:
-    if left <= 0:
-        short = plan.weights + plan.workspace - plan.budget
-        return (
-            f"  would fit: nothing at this quantisation; weights and workspace alone are {size_text(short)} over. "
-            "Use a smaller quantisation or model, or raise runtime.memory_fraction"
-        )
-    tokens = left // plan.kv_bytes_per_token // plan.block_size * plan.block_size
-    if tokens == 0:
-        return "  would fit: not one KV block; lower runtime.max_tokens_per_step or use a smaller quantisation"
-    return f"  would fit: runtime.context = {tokens:,} with one sequence (asked for {plan.context:,})"
+    tokens = max(0, left) // plan.kv_bytes_per_token // plan.block_size * plan.block_size
+    if tokens:
+        return f"  would fit: runtime.context = {tokens:,} with one sequence (asked for {plan.context:,})"
+    block = plan.block_size * plan.kv_bytes_per_token
+    # The CPU runtime holds every weight as float32, whatever the file's types are.
+    smaller = "a smaller model" if plan.device == "cpu" else "a smaller quantisation or model"
+    if plan.weights + block > plan.budget:
+        short = size_text(plan.weights + block - plan.budget)
+        raise_it = ", or raise runtime.memory_fraction" if plan.budget < plan.free else ""
+        return f"  would fit: nothing; weights and one KV block alone are {short} over. Use {smaller}{raise_it}"
+    return (
+        f"  would fit: a workspace of {size_text(plan.budget - plan.weights - block)}; lower "
+        f"runtime.max_tokens_per_step ({plan.max_tokens:,}) or runtime.max_batch ({plan.max_batch:,})"
+    )

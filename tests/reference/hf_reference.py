@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from unittest import mock
 
 import numpy as np
 import torch
@@ -93,7 +89,7 @@ def _per_head_qkv(fused: np.ndarray, heads: int) -> np.ndarray:
 
 
 # GGUF name in a block -> name in a transformers layer
-_NAMES = {
+BLOCK_NAMES = {
     "gpt2": {
         "attn_norm": "ln_1",
         "attn_qkv": "attn.c_attn",
@@ -124,7 +120,7 @@ _NAMES = {
         "ffn_down": "mlp.down_proj",
     },
 }
-_TOP = {
+TOP_NAMES = {
     "gpt2": {
         "token_embd": "transformer.wte",
         "position_embd": "transformer.wpe",
@@ -147,13 +143,14 @@ _TOP = {
 }
 
 
-def _family(arch: str) -> str:
-    return arch if arch in _NAMES else "llama"
+def family(arch: str) -> str:
+    """Whose layer names an architecture has: ``gpt2``, ``gptneox`` or ``llama``."""
+    return arch if arch in BLOCK_NAMES else "llama"
 
 
 def state_dict(file: GGUFFile) -> dict[str, torch.Tensor]:
     """The weights under transformers' names and in its layouts."""
-    family, heads = _family(file.arch), int(file.meta["attention.head_count"])
+    kind, heads = family(file.arch), int(file.meta["attention.head_count"])
     state = {}
     for name, array in file.weights.items():
         *block, stem, leaf = name.split(".")
@@ -162,14 +159,14 @@ def state_dict(file: GGUFFile) -> dict[str, torch.Tensor]:
         if file.arch == "llama" and stem in ("attn_q", "attn_k"):
             kv_heads = int(file.meta["attention.head_count_kv"])
             array = _interleaved_to_half(array, heads if stem == "attn_q" else kv_heads)
-        if family == "gptneox" and stem == "attn_qkv":
+        if kind == "gptneox" and stem == "attn_qkv":
             array = _per_head_qkv(array, heads)
-        if family == "gpt2" and block and array.ndim == 2:
+        if kind == "gpt2" and block and array.ndim == 2:
             array = array.T  # Conv1D keeps [in, out]
-        path = [_TOP[family]["blk"], block[1], _NAMES[family][stem]] if block else [_TOP[family][stem]]
+        path = [TOP_NAMES[kind]["blk"], block[1], BLOCK_NAMES[kind][stem]] if block else [TOP_NAMES[kind][stem]]
         state[".".join([*path, leaf])] = torch.from_numpy(np.ascontiguousarray(array))
     if file.tied:
-        state["lm_head.weight"] = state[f"{_TOP[family]['token_embd']}.weight"]
+        state["lm_head.weight"] = state[f"{TOP_NAMES[kind]['token_embd']}.weight"]
     return state
 
 
@@ -277,61 +274,3 @@ def _check_config_was_honoured(file: GGUFFile, model: PreTrainedModel) -> None:
         assert (attention.q_proj.bias is not None) == ("blk.0.attn_q.bias" in file.weights)
         assert (attention.o_proj.bias is not None) == ("blk.0.attn_output.bias" in file.weights)
         assert getattr(model.config, "sliding_window", None) == meta.get("attention.sliding_window")
-
-
-@dataclass
-class _Layer:
-    """The modules of one block that a checkpoint looks at."""
-
-    block: torch.nn.Module
-    attn_norm: torch.nn.Module
-    attn_output: torch.nn.Module
-    mlp_norm: torch.nn.Module
-    mlp: torch.nn.Module
-
-
-def _layer(file: GGUFFile, model: PreTrainedModel, index: int) -> _Layer:
-    family = _family(file.arch)
-    block = model.get_submodule(f"{_TOP[family]['blk']}.{index}")
-    name = _NAMES[family]
-    parts = [block.get_submodule(name[key]) for key in ("attn_norm", "attn_output", "ffn_norm")]
-    return _Layer(block, *parts, block.mlp)
-
-
-@contextmanager
-def checkpoints(file: GGUFFile, model: PreTrainedModel, index: int) -> Iterator[dict[str, np.ndarray]]:
-    """A dict that a forward pass of one sequence inside fills with block ``index``'s checkpoints (see README.md)."""
-    found: dict[str, np.ndarray] = {}
-    layer, hooks = _layer(file, model, index), []
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: object, inputs: object, output: object) -> None:
-            tensor = output[0] if isinstance(output, tuple) else output
-            found[name] = tensor.reshape(-1, tensor.shape[-1]).detach().numpy().copy()
-
-        return hook
-
-    for name, module in (
-        *(("attn_norm", layer.attn_norm), ("attn_out", layer.attn_output), ("mlp_norm", layer.mlp_norm)),
-        *(("mlp_out", layer.mlp), ("block_out", layer.block)),
-    ):
-        hooks.append(module.register_forward_hook(keep(name)))
-    hooks.append(layer.attn_output.register_forward_pre_hook(lambda m, args: keep("attn")(m, (), args[0])))
-    module_name = type(model).__module__
-    eager = __import__(module_name, fromlist=["eager_attention_forward"]).eager_attention_forward
-
-    def recording(module, query, key, value, *args, **kwargs):  # type: ignore[no-untyped-def]
-        if module.layer_idx == index:
-            if file.arch == "llama":
-                found["q"], found["k"] = half_to_interleaved(query), half_to_interleaved(key)
-            else:
-                found["q"], found["k"] = query, key
-            found["v"] = value
-            for name in "qkv":  # [1, heads, n, head_dim] -> [n, heads, head_dim]
-                found[name] = found[name][0].transpose(0, 1).contiguous().numpy().copy()
-        return eager(module, query, key, value, *args, **kwargs)
-
-    with mock.patch(f"{module_name}.eager_attention_forward", recording):
-        yield found
-    for hook in hooks:
-        hook.remove()

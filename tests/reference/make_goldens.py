@@ -19,7 +19,8 @@ import golden
 import numpy as np
 import tiny_models
 import torch
-from hf_reference import Float64, GGUFFile, checkpoints, load_model
+from hf_checkpoints import checkpoints
+from hf_reference import Float64, GGUFFile, load_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 

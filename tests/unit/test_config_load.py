@@ -212,7 +212,7 @@ def test_all_mistakes_of_a_file_are_told_together_in_order(tmp_path: Path) -> No
         "(quote what looks like a number or a yes/no)",
         "8:74: sampling.stop_token_ids[1]: -2 is not allowed; expected a whole number from 0 to 2147483647",
         "8:91: sampling.logit_bias: has the key 'x', which is not a token id (a whole number from 0)",
-        "9:7: chat: 1 is not allowed; expected true or false",
+        "9:7: chat: 1 is not allowed; expected true or false, or null",
         '10:20: plugins.disable: "gpt_mha" is not allowed; expected a list, each item text',
     ]
 

@@ -54,6 +54,12 @@ def test_what_is_not_written_stays_unset() -> None:
 @given(st.sampled_from(sorted(SamplingConfig.model_fields)), st.one_of(numbers, lists, biases))
 @example("repetition_penalty", 0.001)
 @example("seed", 2**64)
+@example("seed", 2**64 - 1)
+@example("temperature", math.inf)
+@example("temperature", math.nan)
+@example("top_k", True)
+@example("logit_bias", {5: -math.inf})
+@example("logit_bias", {5: math.nan})
 @example("stop", "")
 def test_configuration_and_engine_accept_the_same_values(key: str, value: Any) -> None:
     def accepted(build: Any, error: type[Exception]) -> bool:

@@ -91,8 +91,8 @@ def hub(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubCl
     return HuggingFaceClient(tmp_path / "hub", endpoint)
 
 
-def fetch(address: str, hub: HubClient, **settings: bool) -> Path:
-    return resolve_model(address, hub=hub, progress=False, **settings)
+def fetch(address: str, hub: HubClient, offline: bool = False) -> Path:
+    return resolve_model(address, hub=hub, progress=False, offline=offline)
 
 
 def test_a_file_is_fetched_once_and_then_found_offline(hub: HubClient, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_an_unchanged_file_is_hashed_once(folder: Path, monkeypatch: pytest.Monk
 
     def counting(self: Path, *args: object, **kwargs: object) -> object:
         opened.append(self)
-        return real_open(self, *args, **kwargs)  # type: ignore[arg-type, call-overload]
+        return real_open(self, *args, **kwargs)  # type: ignore[call-overload]
 
     monkeypatch.setattr(Path, "open", counting)
     resolve_model(str(file), sha256=right, cache=folder / "cache")

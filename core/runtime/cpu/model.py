@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
 from ...arch import Decoder, Module, Norm, Rope
 from ...errors import DeviceError, PluginError, RequestError
@@ -55,6 +58,7 @@ class CpuModel:
         self.decoder = decoder
         self.program = lower(decoder)
         self._deterministic = options.deterministic
+        self._threads = _thread_limit(options.threads)
         self.plan = plan_program(self.program, options)
         self._dispatch: dict[type, Callable[..., None]] = {
             Embed: self._embed,
@@ -116,10 +120,11 @@ class CpuModel:
         run = _Run(
             batch, attention.lay_out(batch, cache.block_size, self._deterministic), self._memory, self._workspace
         )
-        for step in self.program.steps:
-            self._dispatch[type(step)](step, run)
-            if observe is not None:
-                observe(step.name, run[step.qkv if isinstance(step, StoreKV) else step.dst])
+        with self._threads():
+            for step in self.program.steps:
+                self._dispatch[type(step)](step, run)
+                if observe is not None:
+                    observe(step.name, run[step.qkv if isinstance(step, StoreKV) else step.dst])
         return run[self.program.logits]
 
     def _check(self, batch: Batch) -> None:
@@ -276,6 +281,14 @@ class _Run:
             cos, sin = ropes[rope]
             self._turns[rope] = cos[self.batch.positions], sin[self.batch.positions]
         return self._turns[rope]
+
+
+def _thread_limit(threads: int | None) -> Callable[[], AbstractContextManager[Any]]:
+    """A context in which BLAS uses at most so many threads."""
+    if threads is None:
+        return nullcontext
+    controller = ThreadpoolController()
+    return lambda: controller.limit(limits=threads, user_api="blas")
 
 
 def _heads(qkv: F32, heads: int, kv_heads: int, head_dim: int) -> tuple[F32, F32, F32]:

@@ -19,15 +19,22 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 def resident_bytes(program: Program) -> int:
     """Bytes that the weights of a program take here: four per weight, a tied head none."""
-    decoder = program.decoder
-    shapes = {spec.name: spec.shape for spec in decoder.tensors()}
-    return sum(4 * int(np.prod(shape)) for shape in shapes.values())
+    shapes = {spec.name: spec.shape for spec in program.decoder.tensors()}
+    return sum(4 * _aligned(int(np.prod(shape))) for shape in shapes.values())
+
+
+def _aligned(values: int) -> int:
+    """Rounded up to a cache line of float32 values."""
+    return -(-values // 16) * 16
 
 
 class Weights:
     """float32 arrays of a program: ``vector(name)`` for norms and biases, ``matrix(step)`` for projections."""
 
     def __init__(self, program: Program, source: WeightSource, progress: Progress | None = None) -> None:
+        # One allocation: the system backs it with huge pages, which makes loading and every pass over it faster.
+        self._arena = np.empty(resident_bytes(program) // 4, np.float32)
+        self._taken = 0
         self._arrays: dict[str, F32] = {}
         self._matrices: dict[tuple[str, ...], F32] = {}
         self._biases: dict[tuple[str, ...], F32 | None] = {}
@@ -60,6 +67,12 @@ class Weights:
         """Lets go of every array."""
         for held in (self._arrays, self._matrices, self._biases):
             held.clear()
+        self._arena = np.empty(0, np.float32)
+
+    def _take(self, shape: tuple[int, ...]) -> F32:
+        size = int(np.prod(shape))
+        start, self._taken = self._taken, self._taken + _aligned(size)
+        return self._arena[start : start + size].reshape(shape)
 
     def _allocate(self, program: Program) -> Iterable[tuple[str, F32]]:
         """Makes room for every tensor and yields (name, where its values go)."""
@@ -79,12 +92,12 @@ class Weights:
         for spec in program.decoder.tensors():
             if any(spec.name in key for key in self._matrices) or spec.name in self._arrays:
                 continue
-            array = np.empty(spec.shape, np.float32)
+            array = self._take(spec.shape)
             self._arrays[spec.name] = array
             yield spec.name, array
 
     def _stack(self, key: tuple[str, ...], shapes: list[tuple[int, ...]]) -> Iterable[tuple[str, F32]]:
-        matrix = np.empty((sum(shape[0] for shape in shapes), shapes[0][1]), np.float32)
+        matrix = self._take((sum(shape[0] for shape in shapes), shapes[0][1]))
         self._matrices[key] = matrix
         row = 0
         for name, shape in zip(key, shapes, strict=True):
