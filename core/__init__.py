@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from .architecture import API_VERSION, Architecture
     from .engine.sampling import SamplingParams
     from .errors import PolyheadError
-    from .hookspecs import hookimpl
     from .generation import Delta, TokenLogprob
+    from .hookspecs import hookimpl
     from .llm import LLM, Completion
     from .runtime.modules import CpuModule, ModuleKind
 

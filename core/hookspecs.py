@@ -1,4 +1,4 @@
-"""The hooks a plugin may implement. Write ``from polyhead import hookimpl`` and decorate a function of the same name."""
+"""The hooks a plugin may implement: `from polyhead import hookimpl`, then decorate a function of the same name."""
 
 from __future__ import annotations
 
