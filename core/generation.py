@@ -101,7 +101,7 @@ class Generation:
         request = Request(f"request-{next(self._ids)}", prompt_ids, params, eos_ids=eos)
         request.validate_for(self.model.decoder.vocab)
         self._scheduler.add(request)
-        decoder = self._tokenizer.stream() if self._tokenizer is not None else None
+        decoder = self._tokenizer.stream(continues=True) if self._tokenizer is not None else None
         self._streams[request.id] = _Stream(request, decoder)
         return request.id
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+_MOST_CHARACTERS = 256  # in one token, for any vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +238,13 @@ class LLM:
         if isinstance(prompt, str):
             if not prompt:
                 raise RequestError("the prompt is empty; give at least one character")
+            # Tokenising a text that is hopelessly too long could take minutes.
+            most = self._open().model.plan.context * _MOST_CHARACTERS
+            if len(prompt) > most:
+                raise RequestError(
+                    f"the prompt has {len(prompt):,} characters; the context of {self.plan.context:,} tokens cannot "
+                    f"hold more than {most:,}"
+                )
             return self.tokenizer.encode(prompt, special=True)
         return prompt
 

@@ -236,7 +236,9 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return getattr(obj, attribute) if allowed else self._absent(obj, attribute)
 
     def _absent(self, obj: Any, attribute: str) -> Undefined:
-        if attribute.startswith("__") or hasattr(type(obj), attribute):
+        if attribute.startswith("__"):
+            raise SecurityError(f"{attribute!r} is not offered to chat templates")
+        if hasattr(type(obj), attribute):
             return self.unsafe_undefined(obj, attribute)
         return self.undefined(obj=obj, name=attribute)
 

@@ -94,9 +94,9 @@ def _brace_format(pattern: str, *args: Any, **kwargs: Any) -> str:
 
 
 def _replace(text: Any, old: str, new: str, count: int | None = None) -> str:
-    text, old, new = str(meter().text(text)), meter().text(old), meter().text(new)
-    meter().expect(_size(text) + (text.count(old) + 1) * len(new) * 4)
-    return text.replace(old, new, -1 if count is None else count)
+    whole, old, new = meter().text(text), meter().text(old), meter().text(new)
+    meter().expect(_size(whole) + (whole.count(old) + 1) * len(new) * 4)
+    return whole.replace(old, new, -1 if count is None else count)
 
 
 def _join(values: Any, separator: Any = "") -> str:
@@ -164,12 +164,11 @@ def _tojson(
 
 @pass_environment
 def _sum(environment: Any, iterable: Any, attribute: Any = None, start: Any = 0) -> Any:
-    total = start
     values = iterable if attribute is None else map(make_attrgetter(environment, attribute), iterable)
+    total: int | float = 0
     for value in chain((start,), counted(values)):
         if not isinstance(value, int | float):
             raise TypeError(f"sum adds numbers, not {type(value).__name__}")
-    for value in values if hasattr(values, "__len__") else ():
         total += value
     return total
 
@@ -259,5 +258,13 @@ def _own(function: Callable[..., Any]) -> Callable[..., Any]:
 
 FILTERS |= {name: _own(function) for name, function in _OWN_FILTERS.items()}
 FILTERS |= {"join": _own(_join_filter), "sum": _own(_sum)}
+
+
+def _jinja_test(name: str) -> Callable[..., Any]:
+    test: Any = JINJA_TESTS[name]
+    return test  # type: ignore[no-any-return]
+
+
 _NO_TESTS = {"callable", "escaped", "filter", "test"}
-TESTS = {name: _metered(test) for name, test in JINJA_TESTS.items() if name not in _NO_TESTS}
+_TESTS = sorted(JINJA_TESTS.keys() - _NO_TESTS)
+TESTS: dict[str, Callable[..., Any]] = {name: _metered(_jinja_test(name)) for name in _TESTS}

@@ -30,11 +30,16 @@ ALIGNMENT = 256  # bytes; what a GPU's vector loads and tensor maps need
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Rows of ``columns`` values: one row per token of the step, or per row of logits."""
+    """Rows of ``columns`` values: one row per token of the step, or per row of logits.
+
+    ``wide``: float32 on every runtime, because sums over layers or over the vocabulary end there; the others may be
+    stored in half precision.
+    """
 
     name: str
     columns: int
     rows: Literal["tokens", "logits"] = "tokens"
+    wide: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,16 +181,16 @@ class Program:
         lives[self.logits.name] = (buffer, first, len(self.steps))
         return lives
 
-    def workspace(self, max_tokens: int, max_logit_rows: int, value_bytes: int = 4) -> Workspace:
+    def workspace(self, max_tokens: int, max_logit_rows: int, narrow_bytes: int = 4) -> Workspace:
         """Plans the buffers of a step of at most so many tokens and logit rows; lives that overlap never share bytes.
 
-        Buffers are placed largest first at the lowest offset that is free for their whole life. Anyone may call this
-        before anything is allocated.
+        ``narrow_bytes`` is the size of a value in a buffer that is not ``wide``. Buffers are placed largest first at
+        the lowest offset that is free for their whole life. Anyone may call this before anything is allocated.
         """
         lives = self.buffers()
         rows = {"tokens": max_tokens, "logits": max_logit_rows}
         sizes = {
-            name: -(-buffer.columns * rows[buffer.rows] * value_bytes // ALIGNMENT) * ALIGNMENT
+            name: -(-buffer.columns * rows[buffer.rows] * (4 if buffer.wide else narrow_bytes) // ALIGNMENT) * ALIGNMENT
             for name, (buffer, _, _) in lives.items()
         }
         offsets: dict[str, int] = {}
@@ -217,18 +222,20 @@ def touched(step: Step) -> Iterator[Buffer]:
 
 def lower(decoder: Decoder) -> Program:
     """The program of a Decoder."""
-    x = Buffer("x", decoder.hidden)
-    last = Buffer("last", decoder.hidden, "logits")
-    logits = Buffer("logits", decoder.vocab, "logits")
+    x = Buffer("x", decoder.hidden, wide=True)
+    last = Buffer("last", decoder.hidden, "logits", wide=True)
+    logits = Buffer("logits", decoder.vocab, "logits", wide=True)
     steps: list[Step] = [Embed("embed", x, decoder.tokens, decoder.positions, decoder.embedding_scale)]
     if decoder.embedding_norm is not None:
         steps.append(Normalise("embed_norm", x, x, decoder.embedding_norm))
     for index, block in enumerate(decoder.blocks):
         steps += _block(f"blk.{index}", index, block, x)
     steps.append(Gather("gather", x, last))
+    head_in = last
     if decoder.final_norm is not None:
-        steps.append(Normalise("final_norm", last, last, decoder.final_norm))
-    steps.append(Project("head", last, logits, (decoder.head or decoder.tokens,), (decoder.vocab,)))
+        head_in = Buffer("head_in", decoder.hidden, "logits")
+        steps.append(Normalise("final_norm", last, head_in, decoder.final_norm))
+    steps.append(Project("head", head_in, logits, (decoder.head or decoder.tokens,), (decoder.vocab,)))
     if decoder.logit_scale != 1.0 or decoder.logit_softcap is not None:
         steps.append(Finish("finish", logits, decoder.logit_scale, decoder.logit_softcap))
     return Program(decoder, tuple(steps), logits)
@@ -245,7 +252,7 @@ def _block(prefix: str, layer: int, block: Block, x: Buffer) -> Iterator[Step]:
         mlp_in = x
     else:
         # Both branches read the same x, so neither may add to it before the other has read it.
-        branch = Buffer(f"{prefix}.attn_branch", x.columns)
+        branch = Buffer(f"{prefix}.attn_branch", x.columns, wide=True)
         yield from _attention(f"{prefix}.attn", layer, block, attn_in, branch, accumulate=False)
         mlp_in = attn_in
     if block.mlp_norm is not None:
@@ -273,7 +280,7 @@ def _attention(prefix: str, layer: int, block: Block, src: Buffer, dst: Buffer, 
 def _mlp(prefix: str, block: Block, src: Buffer, x: Buffer) -> Iterator[Step]:
     mlp = block.mlp
     if isinstance(mlp, Module):
-        out = Buffer(f"{prefix}.branch", x.columns)
+        out = Buffer(f"{prefix}.branch", x.columns, wide=True)
         scratch = tuple((key, Buffer(f"{prefix}.{key}", n)) for key, n in mlp.scratch(x.columns).items())
         yield Apply(prefix, src, out, mlp, scratch)
         if block.post_mlp_norm is not None:
@@ -303,7 +310,7 @@ def _branch(
     if post_norm is None:
         yield Project(f"{prefix}.out", src, dst, (weight,), (hidden,), accumulate, scale)
         return
-    out = Buffer(f"{prefix}.branch", hidden) if accumulate else dst
+    out = Buffer(f"{prefix}.branch", hidden, wide=True) if accumulate else dst
     yield Project(f"{prefix}.out", src, out, (weight,), (hidden,))
     yield Normalise(f"{prefix}.post_norm", out, out, post_norm)
     if accumulate:

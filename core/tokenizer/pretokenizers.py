@@ -50,12 +50,24 @@ _DEEPSEEK_V3 = (
 # The model's own rule for the end of a piece is ``\s+$``, which is quadratic in a run of spaces; with the look-behind
 # it is linear and the same, because the leftmost match starts at the start of a run.
 _TRAILING_SPACE = r"(?<!\s)\s+$"
-_CJK = "[一-龥ࠀ-一가-퟿]+"
-# Letters of cased scripts, as deepseek-llm lists them.
-_CASED = (
-    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼ"
-    "\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗ"
-    "Ａ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+_CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+
+
+def _char_class(ranges: str) -> str:
+    """Ranges of hexadecimal code points as the inside of a character class."""
+    ends = (part.partition("-")[::2] for part in ranges.split())
+    return "".join(chr(int(a, 16)) + (f"-{chr(int(b, 16))}" if b else "") for a, b in ends)
+
+
+# Letters of cased scripts, as deepseek-llm lists them; by number, because several look alike or normalise to others.
+_CASED = _char_class(
+    "41-5A 61-7A B5 C0-D6 D8-F6 F8-1BA 1BC-1BF 1C4-293 295-2AF 370-373 376 377 37B-37D 37F 386 388-38A 38C 38E-3A1 "
+    "3A3-3F5 3F7-481 48A-52F 531-556 10A0-10C5 13A0-13F5 13F8-13FD 1C90-1CBA 1CBD-1CBF 1D00-1D2B 1D6B-1D77 1D79-1D9A "
+    "1E00-1F15 1F18-1F1D 1F20-1F45 1F48-1F4D 1F50-1F57 1F59 1F5B 1F5D 1F5F-1F7D 1F80-1FB4 1FB6-1FBC 1FBE 1FC2-1FC4 "
+    "1FC6-1FCC 1FD0-1FD3 1FD6-1FDB 1FE0-1FEC 1FF2-1FF4 1FF6-1FFC 2102 2107 210A-2113 2115 2119-211D 2124 2126 2128 "
+    "212A-212D 212F-2134 2139 213C-213F 2145-2149 214E 2183 2184 2C00-2C7B 2C7E-2CE4 2CEB-2CEE 2CF2 2CF3 A640-A66D "
+    "A680-A69B A722-A76F A771-A787 A78B-A78E AB70-ABBF FB00-FB06 FB13-FB17 FF21-FF3A FF41-FF5A 10400-1044F "
+    "104B0-104D3 104D8-104FB 10C80-10CB2 10CC0-10CF2 118A0-118DF 1E900-1E943"
 )
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 
@@ -77,15 +89,11 @@ class PreTokenizer:
 
 
 _TABLE: dict[tuple[str, ...], PreTokenizer] = {
-    ("gpt-2", "phi-2", "jais", "mellum", "exaone4", "trillion", "gigachat", "granite-docling"): PreTokenizer(
-        ("gpt2",)
-    ),
+    ("gpt-2", "phi-2", "jais", "mellum", "exaone4", "trillion", "gigachat", "granite-docling"): PreTokenizer(("gpt2",)),
     ("mpt", "olmo"): PreTokenizer(("gpt2",), normal_form="NFC"),
     ("smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b"): PreTokenizer(("digits", "gpt2")),
     ("command-r",): PreTokenizer(("digits", "gpt2"), normal_form="NFC"),
-    ("llama-bpe", "llama3", "llama-v3", "falcon3"): PreTokenizer(
-        (_LLAMA3, "bytes"), whole_words=True, add_bos=True
-    ),
+    ("llama-bpe", "llama3", "llama-v3", "falcon3"): PreTokenizer((_LLAMA3, "bytes"), whole_words=True, add_bos=True),
     ("dbrx", "smaug-bpe", "chatglm-bpe", "glm4"): PreTokenizer((_LLAMA3, "bytes")),
     ("qwen2", "deepseek-r1-qwen", "megrez", "hunyuan"): PreTokenizer((_QWEN2, "bytes"), normal_form="NFC"),
     ("qwen35",): PreTokenizer((_QWEN35, "bytes"), normal_form="NFC"),
@@ -100,7 +108,7 @@ _TABLE: dict[tuple[str, ...], PreTokenizer] = {
         (
             "[\r\n]",
             rf"\s?[{_CASED}]+",
-            "\\s?[!-/:-~！-／：-～‘-‟\u3000-。]+",
+            "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
             _TRAILING_SPACE,
             _CJK,
             "digits",
@@ -144,8 +152,7 @@ def build(rules: PreTokenizer) -> tuple[Any, Any]:
         "punctuation": lambda: pre_tokenizers.Punctuation("contiguous"),
     }
     parts = [
-        named[split]() if split in named else pre_tokenizers.Split(Regex(split), "isolated")
-        for split in rules.splits
+        named[split]() if split in named else pre_tokenizers.Split(Regex(split), "isolated") for split in rules.splits
     ]
     form = {None: None, "NFC": normalizers.NFC}[rules.normal_form]
     return (form() if form else None), pre_tokenizers.Sequence(parts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 
 from ..errors import TokenizerError
 from .partition import Partition
@@ -57,7 +58,7 @@ class SentencePieceBPE:
         # else: exact, and it keeps words short whatever the language.
         self._pairs: set[str] = set()
         for token in self._pieces:
-            self._pairs.update(map("".join, zip(token, token[1:], strict=False)))
+            self._pairs.update(map("".join, pairwise(token)))
         text_tokens = vocabulary.of_kind(TokenKind.USER_DEFINED)
         self._control = vocabulary.of_kind(TokenKind.CONTROL, TokenKind.UNKNOWN)
         self._plain = Partition(text_tokens)

@@ -238,9 +238,7 @@ class Tokenizer:
 
     def stream(self, skip_special: bool = True, continues: bool = False) -> StreamDecoder:
         """A decoder for ids that arrive one by one; see ``decode`` for the arguments."""
-        return StreamDecoder(
-            lambda i: self._piece(i, skip_special), self._errors, self._strips_space and not continues
-        )
+        return StreamDecoder(lambda i: self._piece(i, skip_special), self._errors, self._strips_space and not continues)
 
     @property
     def _errors(self) -> str:

@@ -16,13 +16,12 @@ MAX_TOKENS = 4_000_000
 
 # Tokens that end a turn, or a document, in the chat formats known. A model may be given one of them by name only, so
 # a generation ends at any of them; the list is the one that GGUF readers agree on.
-END_TOKENS = frozenset(
-    (
-        "<|eot_id|> <|eom_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> "
-        "<|end_of_text|> <|end_of_turn|> <|END_OF_TURN_TOKEN|> <EOT> _<EOT> [EOT] [EOS] <end_of_utterance> </s> "
-        "<turn|> <｜end▁of▁sentence｜> <|fim_pad|> <|repo_name|> <|file_sep|>"
-    ).split(" ")
+_END_TOKENS = (
+    "<|eot_id|> <|eom_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> "
+    "<|end_of_text|> <|end_of_turn|> <|END_OF_TURN_TOKEN|> <EOT> _<EOT> [EOT] [EOS] <end_of_utterance> </s> <turn|> "
+    "<｜end▁of▁sentence｜> <|fim_pad|> <|repo_name|> <|file_sep|>"
 )
+END_TOKENS = frozenset(_END_TOKENS.split())
 
 
 class TokenKind(IntEnum):
