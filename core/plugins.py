@@ -146,7 +146,7 @@ class Registry:
                 plugin.manager.hook.polyhead_register_commands(cli=cli)
                 taken = [name for name, command in before.items() if cli.commands.get(name) is not command]
                 problem = f"redefines the command {', '.join(taken)}" if taken else ""
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 problem = f"{type(error).__name__}: {error}"
             if problem:
                 cli.commands.clear()

@@ -21,8 +21,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
-from .sandbox_filters import FILTERS, STR_METHODS, TESTS, make_globals, names, percent_format
-from .sandbox_meter import Limit, bytes_in, meter
+from .filters import FILTERS, STR_METHODS, TESTS, make_globals, names, percent_format
+from .meter import Limit, bytes_in, meter
 
 _LOOP_NAMES = frozenset(
     names("index index0 revindex revindex0 first last length depth depth0 previtem nextitem cycle changed")

@@ -22,7 +22,7 @@ from jinja2.tests import TESTS as JINJA_TESTS
 from jinja2.utils import Namespace, pass_environment
 from markupsafe import escape
 
-from .sandbox_meter import Limit, meter
+from .meter import Limit, meter
 
 _MAX_RANGE = 100_000
 _MAX_WIDTH = 1000

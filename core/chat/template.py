@@ -13,9 +13,9 @@ from jinja2 import Template, nodes
 from jinja2.exceptions import TemplateError as JinjaError
 from jinja2.exceptions import TemplateSyntaxError
 
-from .errors import RequestError, TemplateError
+from ..errors import RequestError, TemplateError
 from .sandbox import TemplateSandbox
-from .sandbox_meter import Meter, metering
+from .meter import Meter, metering
 
 MAX_SOURCE = 64 << 10
 MAX_OUTPUT = 4 << 20
