@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from .errors import ConfigError, DeviceError
+from .errors import ConfigError
 
 if TYPE_CHECKING:
     from .arch import Decoder, Module
@@ -20,11 +21,20 @@ def resolve_device(name: str) -> tuple[str, str]:
 
     Raises DeviceError where a GPU is asked for and cannot be used: asking for one never falls back to the CPU.
     """
+    if name == "cpu":
+        return "cpu", "cpu"
+    from .runtime.cuda.probe import MINIMUM_CC, probe, require_device
+
     if name.startswith("cuda"):
-        raise DeviceError(f"device {name}: this version of polyhead has no CUDA runtime; set device: cpu")
-    if name == "auto":
-        return "cpu", "cpu (device: auto; this version of polyhead has no CUDA runtime)"
-    return "cpu", "cpu"
+        index = int(name.partition(":")[2] or 0)
+        return f"cuda:{index}", f"cuda:{index} ({require_device(index).name})"
+    found = probe()
+    usable = next((info for info in found.devices if info.cc >= MINIMUM_CC), None)
+    if usable is None:
+        return "cpu", f"cpu (device: auto; {found.problem or 'the GPUs here are too old'})"
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
+        return "cpu", f"cpu (device: auto; to use the {usable.name}: pip install 'polyhead[cu13]')"
+    return f"cuda:{usable.index}", f"cuda:{usable.index} ({usable.name})"
 
 
 def runtime_options(config: RunConfig) -> RuntimeOptions:
@@ -53,12 +63,19 @@ def check_context(decoder: Decoder, options: RuntimeOptions) -> None:
         )
 
 
-def plan(device: str, decoder: Decoder, options: RuntimeOptions) -> MemoryPlan:
-    """The memory plan of a decoder on a resolved device, before anything is allocated. Raises CapacityError."""
-    from .runtime.cpu.plan import plan as plan_cpu
+def plan(device: str, decoder: Decoder, source: WeightSource, options: RuntimeOptions) -> MemoryPlan:
+    """The memory plan on a resolved device, before anything is allocated; of ``source`` only types are looked at.
 
+    Raises CapacityError when it does not fit.
+    """
     check_context(decoder, options)
-    return plan_cpu(decoder, options)
+    if device == "cpu":
+        from .runtime.cpu.plan import plan as plan_cpu
+
+        return plan_cpu(decoder, options)
+    from .runtime.cuda.plan import plan as plan_cuda
+
+    return plan_cuda(decoder, source, options, _index(device))
 
 
 def load(
@@ -70,7 +87,15 @@ def load(
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadedModel:
     """Puts a model on a resolved device. ``progress`` is told (bytes done, bytes in all)."""
-    from .runtime.cpu.model import CpuModel
-
     check_context(decoder, options)
-    return CpuModel(decoder, source, options, kinds, progress)
+    if device == "cpu":
+        from .runtime.cpu.model import CpuModel
+
+        return CpuModel(decoder, source, options, kinds, progress)
+    from .runtime.cuda.model import CudaModel
+
+    return CudaModel(decoder, source, options, progress, index=_index(device))
+
+
+def _index(device: str) -> int:
+    return int(device.partition(":")[2])

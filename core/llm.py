@@ -151,7 +151,7 @@ class LLM:
         """
         batch = _as_prompts(prompts)
         each = self._params_for(batch, params)
-        ids = [self._encode(prompt) for prompt in batch]
+        ids = [self.encode(prompt) for prompt in batch]
         with self._lock:
             generation = self._open()
             requests: list[str] = []
@@ -169,7 +169,7 @@ class LLM:
         Raises as :meth:`generate`, at the call and not at the first iteration.
         """
         with self._lock:
-            return Stream(self, self._open().add(self._encode(prompt), params or self.default_params))
+            return Stream(self, self._open().add(self.encode(prompt), params or self.default_params))
 
     def chat(
         self,
@@ -199,6 +199,7 @@ class LLM:
     ) -> list[int]:
         """The token ids that the chat template makes of a conversation. BOS is never doubled."""
         text = self.model.chat_template.render(messages, tools=tools)
+        self._check_length(text)
         return self.tokenizer.encode(text, special=True)
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
@@ -234,19 +235,26 @@ class LLM:
             prompt_token_ids=tuple(prompt),
         )
 
-    def _encode(self, prompt: Prompt) -> Sequence[int]:
+    def encode(self, prompt: Prompt) -> Sequence[int]:
+        """The token ids of a prompt as :meth:`generate` takes it: strings of control tokens count as such, and BOS is
+        added where the model wants it. Ids are returned as they are. Raises RequestError for an empty string or one
+        that no context of this size could hold.
+        """
         if isinstance(prompt, str):
             if not prompt:
                 raise RequestError("the prompt is empty; give at least one character")
-            # Tokenising a text that is hopelessly too long could take minutes.
-            most = self._open().model.plan.context * _MOST_CHARACTERS
-            if len(prompt) > most:
-                raise RequestError(
-                    f"the prompt has {len(prompt):,} characters; the context of {self.plan.context:,} tokens cannot "
-                    f"hold more than {most:,}"
-                )
+            self._check_length(prompt)
             return self.tokenizer.encode(prompt, special=True)
         return prompt
+
+    def _check_length(self, text: str) -> None:
+        """Refuses a text that is hopelessly too long before minutes are spent on tokenising it."""
+        most = self.plan.context * _MOST_CHARACTERS
+        if len(text) > most:
+            raise RequestError(
+                f"the prompt has {len(text):,} characters; the context of {self.plan.context:,} tokens cannot hold "
+                f"more than {most:,}"
+            )
 
     def _params_for(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None

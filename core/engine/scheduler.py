@@ -80,7 +80,7 @@ class Scheduler:
             raise RequestError(f"request {request.id!r} was added before; make a new one")
         if length >= self.context:
             raise RequestError(
-                f"the prompt of request {request.id!r} has {length} tokens; the context of {self.context} takes at "
+                f"the prompt has {length} tokens; the context of {self.context} takes at "
                 f"most {self.context - 1} and one generated token. Shorten the prompt or raise runtime.context"
             )
         if length > self.block_manager.capacity:

@@ -12,6 +12,7 @@ from threadpoolctl import ThreadpoolController
 
 from ...arch import Decoder, Module, Norm, Rope
 from ...errors import DeviceError, PluginError, RequestError
+from ..batch_checks import check_batch
 from ..contract import Batch, RuntimeOptions, SampledToken, SamplingRow, WeightSource
 from ..modules import CpuModule, ModuleKind
 from ..program import (
@@ -116,7 +117,7 @@ class CpuModel:
 
     def _run(self, batch: Batch, observe: Observer | None) -> F32:
         cache = self._open()
-        self._check(batch)
+        check_batch(batch, self.plan, self.decoder.vocab)
         run = _Run(
             batch, attention.lay_out(batch, cache.block_size, self._deterministic), self._memory, self._workspace
         )
@@ -126,26 +127,6 @@ class CpuModel:
                 if observe is not None:
                     observe(step.name, run[step.qkv if isinstance(step, StoreKV) else step.dst])
         return run[self.program.logits]
-
-    def _check(self, batch: Batch) -> None:
-        plan = self.plan
-        if len(batch.tokens) > plan.max_tokens:
-            raise RequestError(f"a step of {len(batch.tokens)} tokens exceeds the plan's {plan.max_tokens}")
-        if len(batch.logit_rows) > plan.max_logit_rows:
-            raise RequestError(f"{len(batch.logit_rows)} rows of logits exceed the plan's {plan.max_logit_rows}")
-        if len(batch.tokens) == 0:
-            raise RequestError("a step needs at least one token")
-        if int(batch.context_lens.max()) > plan.context:
-            raise RequestError(f"context of {int(batch.context_lens.max())} tokens exceeds the plan's {plan.context}")
-        low, high = int(batch.tokens.min()), int(batch.tokens.max())
-        if low < 0 or high >= self.decoder.vocab:
-            wrong = low if low < 0 else high
-            raise RequestError(f"token id {wrong} is outside the vocabulary of {self.decoder.vocab} ids")
-        reach = batch.block_tables.shape[1] * plan.block_size
-        if reach < int(batch.context_lens.max()):
-            raise RequestError(f"block tables reach {reach} tokens, context is {int(batch.context_lens.max())}")
-        if int(batch.block_tables.min()) < 0 or int(batch.block_tables.max()) >= plan.num_blocks:
-            raise RequestError(f"a block table names a block outside the plan's {plan.num_blocks}")
 
     def _load_modules(self, kinds: Mapping[type[Module], ModuleKind]) -> dict[str, CpuModule]:
         modules = {}

@@ -14,7 +14,7 @@ from .kv_cache import storage_dtype
 from .weights import resident_bytes
 
 # Pages of the cache are committed when first written, yet a plan should not promise memory nobody will use.
-KV_TOKENS_CAP = 65536
+KV_TOKENS_CAP = 16384
 
 
 def plan(decoder: Decoder, options: RuntimeOptions) -> MemoryPlan:

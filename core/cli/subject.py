@@ -1,0 +1,106 @@
+"""What ``polyhead bench`` measures: a model file, or random weights of a known shape, loaded on a device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from .. import devices
+from ..bench.shapes import SHAPES, metadata, tensors, types
+from ..errors import ConfigError, RequestError
+from ..model import Model
+from ..plugins import discover
+from . import facts
+
+if TYPE_CHECKING:
+    from ..arch import Decoder
+    from ..bench import Case
+    from ..config import RunConfig
+    from ..runtime.contract import LoadedModel, RuntimeOptions, WeightInfo
+
+Progress = Callable[[int, int], None] | None
+DEFAULT_QUANT = "Q4_K_M"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model and what there is to say of it. ``load_seconds`` begins with opening the file."""
+
+    name: str
+    architecture: str
+    tensors: Sequence[WeightInfo]
+    runtime: LoadedModel
+    device: str
+    note: str
+    load_seconds: float
+
+
+def open_model(stack: ExitStack, config: RunConfig, tests: Sequence[Case], progress: Progress) -> Subject:
+    """The configured model, with as much context and batch as the tests need unless the config asks for more context.
+
+    It is closed with ``stack``. Raises RequestError for a test beyond the model's context, else as LLM does.
+    """
+    from ..sources import resolve_model
+
+    device, note = devices.resolve_device(config.device)
+    registry = discover(config.plugins.disable)
+    path = resolve_model(config.model.path, sha256=config.model.sha256)
+    options = _options(config, tests)
+    start = time.perf_counter()
+    ignored = config.model.ignore_metadata
+    model = stack.enter_context(Model(path, registry, architecture=config.architecture, ignore_metadata=ignored))
+    _check(model.name, model.decoder, tests)
+    runtime = devices.load(device, model.decoder, model.file, options, registry.module_kinds(), progress)
+    stack.callback(runtime.close)
+    seconds = time.perf_counter() - start
+    return Subject(model.name, facts.architecture_text(model), facts.claimed(model), runtime, device, note, seconds)
+
+
+def open_shape(stack: ExitStack, config: RunConfig, text: str, tests: Sequence[Case], progress: Progress) -> Subject:
+    """Random weights of the shape ``NAME`` or ``NAME:QUANT``; otherwise as :func:`open_model`."""
+    from ..bench.random_weights import RandomWeights
+
+    name, _, quant = text.partition(":")
+    quant = quant or DEFAULT_QUANT
+    shape = SHAPES.get(name)
+    if shape is None:
+        raise ConfigError(f"there is no shape {name!r}; known:\n{shape_list()}")
+    sizes = tensors(shape)
+    device, note = devices.resolve_device(config.device)
+    registry = discover(config.plugins.disable)
+    decoder, plugin, _ = registry.decoder(metadata(shape), sizes, architecture=config.architecture)
+    _check(name, decoder, tests)
+    source = RandomWeights(sizes, types(quant, sizes, shape.layers))
+    start = time.perf_counter()
+    runtime = devices.load(device, decoder, source, _options(config, tests), registry.module_kinds(), progress)
+    stack.callback(runtime.close)
+    seconds = time.perf_counter() - start
+    label = f"{name} with random {quant.upper()} weights"
+    return Subject(label, plugin.origin, list(source.tensors.values()), runtime, device, note, seconds)
+
+
+def shape_list() -> str:
+    """The known shapes, a line each."""
+    return "\n".join(
+        f"  {shape.name}: {shape.architecture}, {shape.layers} layers of {shape.hidden}, "
+        f"{shape.heads}/{shape.kv_heads} heads, context {shape.context:,}"
+        for shape in SHAPES.values()
+    )
+
+
+def _options(config: RunConfig, tests: Sequence[Case]) -> RuntimeOptions:
+    options = devices.runtime_options(config)
+    context = options.context or max(test.context for test in tests)
+    return replace(options, context=context, max_batch=max(test.batch for test in tests))
+
+
+def _check(name: str, decoder: Decoder, tests: Sequence[Case]) -> None:
+    for test in tests:
+        if test.context > decoder.context:
+            raise RequestError(
+                f"{test.label} needs a context of {test.context:,} tokens; {name} was made for "
+                f"{decoder.context:,}. Lower -p, -n or -d"
+            )
