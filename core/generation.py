@@ -97,13 +97,22 @@ class Generation:
 
     def add(self, prompt_ids: Sequence[int], params: SamplingParams) -> str:
         """Queues a prompt and returns its id. Raises RequestError for one that cannot be run."""
+        request = self.prepare(prompt_ids, params)
+        self.queue(request)
+        return request.id
+
+    def prepare(self, prompt_ids: Sequence[int], params: SamplingParams) -> Request:
+        """A checked request that is not queued yet, for a caller who must know its id before anything can go wrong."""
         eos = self._tokenizer.stop_ids if self._tokenizer is not None else ()
         request = Request(f"request-{next(self._ids)}", prompt_ids, params, eos_ids=eos)
         request.validate_for(self.model.decoder.vocab)
+        return request
+
+    def queue(self, request: Request) -> None:
+        """Queues a prepared request. Raises RequestError for one that does not fit the context."""
         self._scheduler.add(request)
         decoder = self._tokenizer.stream(continues=True) if self._tokenizer is not None else None
         self._streams[request.id] = _Stream(request, decoder)
-        return request.id
 
     def abort(self, request_id: str) -> None:
         """Ends a request and forgets it; its blocks are free at once. Unknown ids are ignored."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,10 +113,10 @@ class LLM:
                 registry.module_kinds(),
                 progress,
             )
+            self._generation: Generation | None = Generation(runtime, self.tokenizer)
         except BaseException:
             self.model.close()
             raise
-        self._generation: Generation | None = Generation(runtime, self.tokenizer)
 
     def __enter__(self) -> LLM:
         return self
@@ -154,14 +155,14 @@ class LLM:
         ids = [self.encode(prompt) for prompt in batch]
         with self._lock:
             generation = self._open()
-            requests: list[str] = []
+            requests = [generation.prepare(prompt, param) for prompt, param in zip(ids, each, strict=True)]
             try:
-                for prompt, param in zip(ids, each, strict=True):
-                    requests.append(generation.add(prompt, param))
-                return [self._complete(request, prompt) for request, prompt in zip(requests, ids, strict=True)]
-            finally:
                 for request in requests:
-                    generation.abort(request)
+                    generation.queue(request)
+                return [self._complete(request.id, request.prompt_ids) for request in requests]
+            finally:  # an interrupt while queueing too: every id is known
+                for request in requests:
+                    generation.abort(request.id)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Continues one prompt and yields what each step adds. Closing or dropping it early frees its memory.
@@ -275,8 +276,16 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     items: list[Any] = list(prompts)
-    if items and all(hasattr(item, "__index__") for item in items):
+    if items and all(map(_is_id, items)):
         return [items]
     if not items:
         raise RequestError("the list of prompts is empty; give at least one prompt")
     return items
+
+
+def _is_id(item: object) -> bool:
+    try:  # not hasattr(): every NumPy array has __index__, whatever its shape
+        operator.index(item)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return True

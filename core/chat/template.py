@@ -14,8 +14,8 @@ from jinja2.exceptions import TemplateError as JinjaError
 from jinja2.exceptions import TemplateSyntaxError
 
 from ..errors import RequestError, TemplateError
-from .sandbox import TemplateSandbox
 from .meter import Meter, metering
+from .sandbox import TemplateSandbox
 
 MAX_SOURCE = 64 << 10
 MAX_OUTPUT = 4 << 20

@@ -281,7 +281,7 @@ def _mlp(prefix: str, block: Block, src: Buffer, x: Buffer) -> Iterator[Step]:
     mlp = block.mlp
     if isinstance(mlp, Module):
         out = Buffer(f"{prefix}.branch", x.columns, wide=True)
-        scratch = tuple((key, Buffer(f"{prefix}.{key}", n)) for key, n in mlp.scratch(x.columns).items())
+        scratch = tuple((key, Buffer(f"{prefix}.scratch.{key}", n)) for key, n in mlp.scratch(x.columns).items())
         yield Apply(prefix, src, out, mlp, scratch)
         if block.post_mlp_norm is not None:
             yield Normalise(f"{prefix}.post_norm", out, out, block.post_mlp_norm)

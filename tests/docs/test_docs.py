@@ -13,7 +13,6 @@ import golden
 import pytest
 import tolerance
 import yaml
-
 from polyhead import LLM
 from polyhead.config import load_config
 from polyhead.plugins import discover

@@ -1,4 +1,4 @@
-"""A stranger's plugin: Qwen3, which core does not know, from the public names alone. Loaded as a pip package's would."""
+"""A stranger's plugin: Qwen3, which core does not know, from the public names alone, loaded as a package's would be."""
 
 from __future__ import annotations
 

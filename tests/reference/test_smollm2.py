@@ -6,7 +6,6 @@ import golden
 import numpy as np
 import pytest
 import tolerance
-
 from polyhead import LLM, SamplingParams
 
 pytestmark = pytest.mark.model

@@ -73,8 +73,9 @@ class CpuModel:
             Gather: self._gather,
             Finish: self._finish,
         }
+        modules = self._kinds_of_modules(kinds or {})
         self._weights = Weights(self.program, source, progress)
-        self._modules = self._load_modules(kinds or {})
+        self._modules = {step.name: self._load_module(step, kind) for step, kind in modules}
         self._ropes = self._rope_tables()
         self._workspace = self.program.workspace(self.plan.max_tokens, self.plan.max_logit_rows)
         self._memory = np.empty(self._workspace.size // 4, np.float32)
@@ -128,8 +129,9 @@ class CpuModel:
                     observe(step.name, run[step.qkv if isinstance(step, StoreKV) else step.dst])
         return run[self.program.logits]
 
-    def _load_modules(self, kinds: Mapping[type[Module], ModuleKind]) -> dict[str, CpuModule]:
-        modules = {}
+    def _kinds_of_modules(self, kinds: Mapping[type[Module], ModuleKind]) -> list[tuple[Apply, ModuleKind]]:
+        """The implementation of each module, before anything is loaded."""
+        found = []
         for step in self.program.steps:
             if isinstance(step, Apply):
                 kind = kinds.get(type(step.module))
@@ -137,9 +139,17 @@ class CpuModel:
                     raise PluginError(
                         f"{step.name} is a {type(step.module).__name__}, for which no plugin registers a ModuleKind"
                     )
-                specs = step.module.tensors(self.decoder.hidden)
-                modules[step.name] = kind.cpu(step.module, {s.name: self._weights.vector(s.name) for s in specs})
-        return modules
+                found.append((step, kind))
+        return found
+
+    def _load_module(self, step: Apply, kind: ModuleKind) -> CpuModule:
+        specs = step.module.tensors(self.decoder.hidden)
+        try:
+            return kind.cpu(step.module, {spec.name: self._weights.vector(spec.name) for spec in specs})
+        except Exception as error:
+            raise PluginError(
+                f"{step.name}: module {type(step.module).__name__} failed to load: {type(error).__name__}: {error}"
+            ) from error
 
     def _rope_tables(self) -> dict[Rope, tuple[F32, F32]]:
         return {

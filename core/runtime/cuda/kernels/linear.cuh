@@ -1,0 +1,40 @@
+// What the matrix-vector kernels share: B fragments from rows of activations, and how a result is stored.
+
+#pragma once
+
+#include "prelude.cuh"
+
+#ifdef PH_OUT_F32
+typedef float out_t;
+#else
+typedef act_t out_t;
+#endif
+
+// out[index] = scale * (value + bias[row]), or that added to what is there.
+struct Store {
+  out_t* out;
+  const float* bias;  // nullptr: none
+  float scale;
+  int accumulate;
+
+  __device__ __forceinline__ void operator()(i64 index, int row, float value) const {
+    if (bias != nullptr) value += bias[row];
+    value *= scale;
+    if (accumulate) value += ph_to_float(out[index]);
+    out[index] = ph_from_float<out_t>(value);
+  }
+};
+
+// The sums of `warps` warps' 16 x COLUMNS results in the order of the warps, stored: out[column * ld + row].
+template <int COLUMNS>
+__device__ __forceinline__ void sum_and_store(const float (&part)[8][16][COLUMNS + 1], int first_row, int rows,
+                                              int columns, i64 ld, const Store& store) {
+  __syncthreads();
+  const int warps = blockDim.x >> 5;
+  for (int n = threadIdx.x; n < 16 * columns; n += blockDim.x) {
+    const int row = n & 15, column = n >> 4;
+    float sum = part[0][row][column];
+    for (int w = 1; w < warps; ++w) sum += part[w][row][column];
+    if (first_row + row < rows) store(column * ld + first_row + row, first_row + row, sum);
+  }
+}

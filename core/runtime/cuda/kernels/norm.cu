@@ -1,0 +1,82 @@
+// RMSNorm and LayerNorm of rows, or of the heads inside rows. One block per norm, its values held in registers between
+// the passes, so that the variance is of centred values and nothing cancels.
+//
+// Macros: PH_LAYER_NORM (else RMSNorm), PH_BIAS, PH_IN_F32 and PH_OUT_F32 (else act_t), PH_VECTOR (1 or 4 elements per
+// load, which sizes, strides and addresses must allow), PH_ITEMS (loads per thread).
+
+#include "prelude.cuh"
+
+#ifdef PH_IN_F32
+typedef float in_t;
+#else
+typedef act_t in_t;
+#endif
+#ifdef PH_OUT_F32
+typedef float out_t;
+#else
+typedef act_t out_t;
+#endif
+
+template <typename T> struct alignas(sizeof(T) * PH_VECTOR) Pack {
+  T x[PH_VECTOR];
+};
+
+// Row r of the grid is head r % heads of token r / heads; it has `size` values. in == out is allowed.
+extern "C" __global__ void ph_norm(const in_t* in, const float* weight, const float* bias, out_t* out, int size,
+                                   int heads, i64 in_stride, i64 out_stride, float eps) {
+  __shared__ float scratch[32];
+  const int token = blockIdx.x / heads, head = blockIdx.x % heads;
+  in += token * in_stride + (i64)head * size;
+  out += token * out_stride + (i64)head * size;
+
+  float x[PH_ITEMS][PH_VECTOR];
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < PH_ITEMS; ++i) {
+    const int at = (i * blockDim.x + threadIdx.x) * PH_VECTOR;
+    Pack<in_t> pack;
+    if (at < size) pack = *reinterpret_cast<const Pack<in_t>*>(in + at);
+#pragma unroll
+    for (int j = 0; j < PH_VECTOR; ++j) {
+      x[i][j] = at < size ? ph_to_float(pack.x[j]) : 0.0f;
+#ifdef PH_LAYER_NORM
+      sum += x[i][j];
+#else
+      sum += x[i][j] * x[i][j];
+#endif
+    }
+  }
+  sum = ph_block_sum(sum, scratch);
+#ifdef PH_LAYER_NORM
+  const float mean = sum / (float)size;
+  sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < PH_ITEMS; ++i) {
+    const int at = (i * blockDim.x + threadIdx.x) * PH_VECTOR;
+#pragma unroll
+    for (int j = 0; j < PH_VECTOR; ++j) {
+      x[i][j] -= mean;
+      if (at < size) sum += x[i][j] * x[i][j];
+    }
+  }
+  sum = ph_block_sum(sum, scratch);
+#endif
+  const float inverse = 1.0f / sqrtf(sum / (float)size + eps);
+
+#pragma unroll
+  for (int i = 0; i < PH_ITEMS; ++i) {
+    const int at = (i * blockDim.x + threadIdx.x) * PH_VECTOR;
+    if (at >= size) continue;
+    const Pack<float> w = *reinterpret_cast<const Pack<float>*>(weight + at);
+    Pack<out_t> pack;
+#ifdef PH_BIAS
+    const Pack<float> b = *reinterpret_cast<const Pack<float>*>(bias + at);
+#pragma unroll
+    for (int j = 0; j < PH_VECTOR; ++j) pack.x[j] = ph_from_float<out_t>(x[i][j] * inverse * w.x[j] + b.x[j]);
+#else
+#pragma unroll
+    for (int j = 0; j < PH_VECTOR; ++j) pack.x[j] = ph_from_float<out_t>(x[i][j] * inverse * w.x[j]);
+#endif
+    *reinterpret_cast<Pack<out_t>*>(out + at) = pack;
+  }
+}

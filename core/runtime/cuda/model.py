@@ -1,0 +1,296 @@
+"""CudaModel: a program carried out on a GPU. Decode steps replay a graph; other steps are launched one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arch import Decoder, LayerNorm, Norm, Rope
+from ...errors import DeviceError, RequestError
+from ..batch_checks import check_batch
+from ..contract import Batch, RuntimeOptions, SampledToken, SamplingRow, WeightSource
+from ..program import (
+    Activate,
+    Add,
+    Attend,
+    Buffer,
+    Embed,
+    Finish,
+    Gather,
+    Normalise,
+    Project,
+    StoreKV,
+    lower,
+)
+from ..rope import tables
+from .blas import Blas
+from .context import Context
+from .graph import Graph
+from .inputs import Inputs, View
+from .memory import Array, Pool
+from .ops import activation, attention, embed, norm, rope, rows
+from .ops.linear import linear
+from .plan import BLAS_WORKSPACE, activation_dtype, most_seen, plan_program, ropes, scratch_bytes
+from .sampler import Sampler
+from .weights import CudaWeights, Progress
+
+_LEAST_BLOCKS = 16  # of a block table's row in a graph; more come in powers of two
+
+
+class CudaModel:
+    """A model on one GPU: packed weights, workspace and paged KV cache. Not thread-safe.
+
+    Raises DeviceError for a GPU that is absent or too old, PluginError for a module without CUDA code, CapacityError,
+    before anything is allocated, if the plan does not fit.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        source: WeightSource,
+        options: RuntimeOptions,
+        progress: Progress | None = None,
+        *,
+        index: int = 0,
+    ) -> None:
+        self.decoder = decoder
+        self.program = lower(decoder)
+        self._ctx = ctx = Context.open(index)
+        try:
+            device = ctx.device
+            types = lambda name: source.tensors[name].type  # noqa: E731
+            self.plan = plan_program(self.program, types, options, str(device), device.total, device.free(), device.sms)
+            self._act = activation_dtype(options)
+            self._weights_pool, self._kv_pool, self._work_pool = (
+                Pool(device, name) for name in ("weights", "KV cache", "workspace")
+            )
+            self._weights = CudaWeights(ctx, self._weights_pool, self.program, source, self._act, progress)
+            self._ropes = self._rope_tables()
+            self._allocate(types, options)
+            self._blas = Blas(ctx, BLAS_WORKSPACE)
+            rows_, seen = self.plan.max_logit_rows, most_seen(self.plan.max_batch, decoder.vocab, self.plan.context)
+            self._sampler = Sampler(ctx, self._work_pool, rows_, decoder.vocab, seen)
+            device.synchronize()
+        except BaseException:
+            ctx.close()
+            raise
+        self._graphs: dict[tuple[int, int], Graph] = {}
+        self._warm: set[tuple[int, int]] = set()
+        self._dispatch: dict[type, Callable[..., None]] = {
+            Embed: self._embed,
+            Normalise: self._normalise,
+            Project: self._project,
+            StoreKV: self._store_kv,
+            Attend: self._attend,
+            Activate: self._activate,
+            Add: self._add,
+            Gather: self._gather,
+            Finish: self._finish,
+        }
+
+    def logits(self, batch: Batch) -> NDArray[np.float32]:
+        """Runs a step: float32 [M, vocab]. Raises RequestError for a batch beyond the plan."""
+        view = self._forward(batch)
+        out: NDArray[np.float32] = self._ctx.device.download(self._logits(view))
+        return out[: len(batch.logit_rows)]
+
+    def step(self, batch: Batch, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+        """Runs a step and samples a token for each of ``batch.logit_rows``."""
+        if len(rows) != len(batch.logit_rows):
+            raise RequestError(f"{len(rows)} sampling rows for {len(batch.logit_rows)} rows of logits")
+        view = self._forward(batch)
+        if not rows:
+            self._ctx.device.synchronize()
+            return []
+        return self._sampler.sample(self._logits(view).slice_rows(0, len(rows)), rows)
+
+    def trace(self, batch: Batch) -> dict[str, NDArray[np.float32]]:
+        """Runs a step without a graph and returns what each step of the program left in its destination."""
+        seen: dict[str, NDArray[np.float32]] = {}
+
+        def observe(name: str, array: Array) -> None:
+            seen[name] = np.asarray(self._ctx.device.download(array), np.float32)
+
+        check_batch(batch, self.plan, self.decoder.vocab)
+        view = self._load(batch)
+        self._run(view, observe)
+        return seen
+
+    def read_kv(self, layer: int, slots: Sequence[int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """K and V [len(slots), kv_heads, head_dim] of a layer as cached; slot = block · block_size + offset."""
+        at = np.asarray(slots, np.intp)
+        size = self.plan.block_size
+        k, v = (
+            np.asarray(self._ctx.device.download(cache), np.float32)[at // size, :, at % size]
+            for cache in (self._k[layer], self._v[layer])
+        )
+        return k, v
+
+    def close(self) -> None:
+        """Returns all memory of the device. Safe to call twice."""
+        self._graphs.clear()
+        self._ctx.close()
+
+    def _allocate(self, types: Callable[[str], str], options: RuntimeOptions) -> None:
+        plan, pool = self.plan, self._work_pool
+        self._workspace = self.program.workspace(plan.max_tokens, plan.max_logit_rows, narrow_bytes=2)
+        self._memory = pool.array(self._workspace.size, "u8", zero=True)
+        self._scratch = pool.array(scratch_bytes(self.program, types, options, self._ctx.device.sms), "u8", zero=True)
+        counts = max(attention.counters(block.attn, plan.max_batch) for block in self.decoder.blocks)
+        self._counters = pool.array(counts, "i32", zero=True)
+        blocks = plan.num_blocks + 1  # the last one takes what padding sequences write
+        self._k: list[Array] = []
+        self._v: list[Array] = []
+        for block in self.decoder.blocks:
+            shape = (blocks, block.attn.kv_heads, plan.block_size, block.attn.head_dim)
+            self._k.append(self._kv_pool.array(shape, self._act, zero=True))
+            self._v.append(self._kv_pool.array(shape, self._act, zero=True))
+        table = _width(-(-plan.context // plan.block_size))
+        self._inputs = Inputs(self._ctx, pool, plan.max_tokens, plan.max_batch, plan.max_logit_rows, table)
+
+    def _rope_tables(self) -> dict[Rope, rope.Turn]:
+        device = self._ctx.device
+        found: dict[Rope, rope.Turn] = {}
+        for spec in ropes(self.decoder):
+            factors = self._weights.vector(spec.factors)
+            host = tables(spec, self.plan.context, None if factors is None else device.download(factors))
+            arrays = [self._weights_pool.array(part.shape, "f32") for part in host]
+            for array, part in zip(arrays, host, strict=True):
+                device.upload(array, part)
+            found[spec] = (arrays[0], arrays[1])
+        return found
+
+    def _load(self, batch: Batch) -> View:
+        plan = self.plan
+        sequences = len(batch.context_lens)
+        width = _width(-(-int(batch.context_lens.max()) // plan.block_size))
+        bucket = min(_bucket(sequences), plan.max_batch, plan.max_tokens)
+        # A step in which every sequence has one token and samples the next: it has a graph.
+        decode = np.array_equal(batch.logit_rows, np.arange(sequences)) and len(batch.tokens) == sequences
+        return self._inputs.load(batch, decode, bucket, width, plan.num_blocks)
+
+    def _forward(self, batch: Batch) -> View:
+        if self._ctx.device.closed:
+            raise DeviceError("the model is closed")
+        check_batch(batch, self.plan, self.decoder.vocab)
+        view = self._load(batch)
+        key = (view.sequences_count, view.block_tables.shape[1])
+        if not view.decode:
+            self._run(view)
+        elif key in self._graphs:
+            self._graphs[key].launch()
+        elif key not in self._warm:
+            self._run(view)  # loads kernels and plans products, which a capture cannot
+            self._warm.add(key)
+        else:
+            self._graphs[key] = Graph(self._ctx, lambda: self._run(view), f"decode graph for {key[0]} sequences")
+            self._graphs[key].launch()
+        return view
+
+    def _run(self, view: View, observe: Callable[[str, Array], None] | None = None) -> None:
+        run = _Run(view, self._memory, self._workspace.offsets, self._act)
+        for step in self.program.steps:
+            self._dispatch[type(step)](step, run)
+            if observe is not None:
+                observe(step.name, run[step.qkv if isinstance(step, StoreKV) else step.dst])
+
+    def _logits(self, view: View) -> Array:
+        return _Run(view, self._memory, self._workspace.offsets, self._act)[self.program.logits]
+
+    def _embed(self, step: Embed, run: _Run) -> None:
+        positions = self._weights.vector(step.positions.weight) if step.positions else None
+        table = self._weights.matrix(step.table)
+        view = run.view
+        embed.embed(self._ctx, view.tokens, table, run[step.dst], step.scale, view.positions, positions)
+
+    def _normalise(self, step: Normalise, run: _Run) -> None:
+        weight, bias = self._norm_arrays(step.norm)
+        norm.normalise(self._ctx, run[step.src], step.norm, weight, bias, run[step.dst])
+
+    def _norm_arrays(self, spec: Norm) -> tuple[Array, Array | None]:
+        weight = self._weights.vector(spec.weight)
+        assert weight is not None
+        return weight, self._weights.vector(spec.bias) if isinstance(spec, LayerNorm) else None
+
+    def _project(self, step: Project, run: _Run) -> None:
+        src = run[step.src]
+        if step.src.wide:  # a block without a norm before it: products take the activations' type
+            narrow = self._scratch.view(self._act, *src.shape)
+            rows.convert(self._ctx, src, narrow)
+            src = narrow
+        column = 0
+        for weight, size in zip(step.weights, step.rows, strict=True):
+            linear(
+                self._ctx,
+                self._blas,
+                src,
+                self._weights.matrix(weight),
+                run[step.dst],
+                column,
+                self._scratch,
+                bias=self._weights.vector(getattr(weight, "bias", None)),
+                accumulate=step.accumulate,
+                scale=step.scale,
+            )
+            column += size
+
+    def _store_kv(self, step: StoreKV, run: _Run) -> None:
+        spec, view = step.attention, run.view
+        norms = [None if part is None else (part, *self._norm_arrays(part)) for part in (spec.q_norm, spec.k_norm)]
+        rope.store_kv(
+            self._ctx,
+            run[step.qkv],
+            spec,
+            self._ropes[spec.rope] if spec.rope is not None else None,
+            norms,
+            view.positions,
+            view.sequences,
+            view.block_tables,
+            self._k[step.layer],
+            self._v[step.layer],
+        )
+
+    def _attend(self, step: Attend, run: _Run) -> None:
+        view, spec = run.view, step.attention
+        arrays = (run[step.qkv], self._k[step.layer], self._v[step.layer], run[step.dst])
+        lens, blocks = view.context_lens, view.block_tables
+        if view.decode:
+            attention.attend_decode(self._ctx, *arrays, lens, blocks, spec, self._scratch, self._counters)
+        else:
+            attention.attend_prefill(self._ctx, *arrays, view.query_start, lens, blocks, view.tiles, spec)
+
+    def _activate(self, step: Activate, run: _Run) -> None:
+        activation.activate(self._ctx, run[step.src], run[step.dst], step.activation, step.gated)
+
+    def _add(self, step: Add, run: _Run) -> None:
+        rows.add(self._ctx, run[step.src], run[step.dst], step.scale)
+
+    def _gather(self, step: Gather, run: _Run) -> None:
+        rows.gather(self._ctx, run[step.src], run.view.logit_rows, run[step.dst])
+
+    def _finish(self, step: Finish, run: _Run) -> None:
+        rows.finish(self._ctx, run[step.dst], step.scale, step.softcap)
+
+
+class _Run:
+    """One step: its inputs, and the workspace seen as buffers of this many rows."""
+
+    def __init__(self, view: View, memory: Array, offsets: Mapping[str, int], act: str) -> None:
+        self.view = view
+        self._memory, self._offsets, self._act = memory, offsets, act
+
+    def __getitem__(self, buffer: Buffer) -> Array:
+        count = self.view.count if buffer.rows == "tokens" else self.view.rows
+        return self._memory.at(self._offsets[buffer.name], "f32" if buffer.wide else self._act, count, buffer.columns)
+
+
+def _bucket(sequences: int) -> int:
+    """The number of sequences a graph is captured for: the next power of two, or multiple of 16 above 16."""
+    return 1 << (sequences - 1).bit_length() if sequences <= 16 else -(-sequences // 16) * 16
+
+
+def _width(blocks: int) -> int:
+    """Blocks per row of a block table: a power of two, so that a growing context needs few graphs."""
+    return max(_LEAST_BLOCKS, 1 << (blocks - 1).bit_length())

@@ -1,0 +1,25 @@
+"""What ops check before they launch. Knows nothing of kernels."""
+
+from __future__ import annotations
+
+from ....errors import DeviceError
+from ..memory import Array
+
+#: What activations and the KV cache may be stored as.
+HALVES = ("f16", "bf16")
+#: What kernels that read or write either side of a projection take.
+FLOATS = ("f32", "f16", "bf16")
+
+
+def expect(op: str, true: bool, problem: str) -> None:
+    """Raises DeviceError naming the op and the problem unless ``true``."""
+    if not true:
+        raise DeviceError(f"{op}: {problem}")
+
+
+def expect_array(op: str, name: str, array: Array, dtypes: tuple[str, ...], shape: tuple[int | None, ...]) -> None:
+    """Raises DeviceError unless the array has one of the dtypes and the shape; None in a shape is any size."""
+    fits = len(array.shape) == len(shape) and all(b is None or a == b for a, b in zip(array.shape, shape, strict=True))
+    if array.dtype not in dtypes or not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise DeviceError(f"{op}: {name} is {array}, expected {' or '.join(dtypes)} [{wanted}]")

@@ -1,0 +1,134 @@
+"""The way of q, k and v into attention: norms of heads, rotation, paged cache. Launches kernels/rope.cu."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+import numpy as np
+
+from ....arch import Attention, LayerNorm, Norm
+from ..context import Context
+from ..memory import Array
+from ..variants import Variant
+from .checks import HALVES, expect, expect_array
+
+_WARPS = 4
+_NULL = np.uint64(0)
+
+
+#: A norm over each head with its weight and bias, f32 [head_dim].
+HeadNorm = tuple[Norm, Array, Array | None]
+#: The rotation's tables, cos and sin: f32 [context, rope.dim / 2] each.
+Turn = tuple[Array, Array]
+
+
+@cache
+def _macros(
+    head_dim: int, block_size: int, pairs: int, interleaved: bool, q_norm: int, k_norm: int, dtype: str, kv_dtype: str
+) -> Mapping[str, object]:
+    return {
+        "PH_HEAD_DIM": head_dim,
+        "PH_BLOCK_SIZE": block_size,
+        "PH_ROPE_PAIRS": pairs,
+        "PH_INTERLEAVED": interleaved,
+        "PH_Q_NORM": q_norm,
+        "PH_K_NORM": k_norm,
+        "PH_ACT_BF16": dtype == "bf16",
+        "PH_KV_BF16": kv_dtype == "bf16",
+    }
+
+
+VARIANTS = tuple(
+    Variant("rope.cu", ("ph_store_kv",), _macros(*values), hot=True)
+    for values in (
+        (64, 16, 32, True, 0, 0, "f16", "f16"),
+        (64, 16, 0, False, 0, 0, "f16", "f16"),
+        (128, 16, 64, True, 0, 0, "f16", "f16"),
+        (128, 16, 64, False, 1, 1, "bf16", "bf16"),
+        (256, 16, 128, False, 1, 1, "f16", "f16"),
+        (80, 16, 16, False, 2, 2, "f16", "f16"),
+        (10, 3, 3, False, 0, 1, "bf16", "f16"),
+        (6, 1, 2, True, 2, 0, "f16", "bf16"),
+    )
+)
+
+
+def store_kv(
+    ctx: Context,
+    qkv: Array,
+    spec: Attention,
+    turn: Turn | None,
+    norms: Sequence[HeadNorm | None],
+    positions: Array,
+    sequences: Array,
+    block_tables: Array,
+    k_cache: Array,
+    v_cache: Array,
+) -> None:
+    """In place on ``qkv`` [N, q | k | v]: norms of heads, rotation of q and k; then k and v into the caches.
+
+    ``qkv`` is f16 or bf16, ``k_cache`` and ``v_cache`` are f16 or bf16 [blocks, kv_heads, block_size, head_dim] and get
+    the float32 values rounded once. ``positions`` and ``sequences`` are i32 [N], ``block_tables`` i32 [S, B]; a row
+    with a negative position is padding and left alone. ``turn`` and ``norms``, those of q and of k, must agree with
+    ``spec`` on what there is. Raises DeviceError for shapes that do not go together.
+    """
+    op = "store_kv"
+    dim, rows = spec.head_dim, qkv.shape[0]
+    total_heads = spec.heads + 2 * spec.kv_heads
+    expect(op, dim % 2 == 0 and dim <= 256, f"head_dim is {dim}, expected an even number up to 256")
+    expect_array(op, "qkv", qkv, HALVES, (None, total_heads * dim))
+    expect_array(op, "k_cache", k_cache, HALVES, (None, spec.kv_heads, None, dim))
+    expect_array(op, "v_cache", v_cache, (k_cache.dtype,), k_cache.shape)
+    expect_array(op, "positions", positions, ("i32",), (rows,))
+    expect_array(op, "sequences", sequences, ("i32",), (rows,))
+    expect_array(op, "block_tables", block_tables, ("i32",), (None, None))
+    pairs, interleaved = _pairs(spec, turn)
+    weights: list[Array | np.uint64] = []
+    expect(op, len(norms) == 2, f"{len(norms)} norms, expected those of q and k")
+    for name, norm, given in zip(("q_norm", "k_norm"), (spec.q_norm, spec.k_norm), norms, strict=True):
+        expect(op, norm == (given and given[0]), f"{name} differs between spec and arguments")
+        for vector in given[1:] if given else (None, None):
+            if vector is not None:
+                expect_array(op, name, vector, ("f32",), (dim,))
+            weights.append(_NULL if vector is None else vector)
+    if rows == 0:
+        return
+    ctx.launch(
+        "rope.cu",
+        "ph_store_kv",
+        (rows, -(-total_heads // _WARPS), 1),
+        32 * _WARPS,
+        qkv,
+        k_cache,
+        v_cache,
+        positions,
+        sequences,
+        block_tables,
+        *((_NULL, _NULL) if turn is None else turn),
+        *weights,
+        spec.heads,
+        spec.kv_heads,
+        block_tables.shape[1],
+        0.0 if spec.q_norm is None else spec.q_norm.eps,
+        0.0 if spec.k_norm is None else spec.k_norm.eps,
+        macros=_macros(
+            dim, k_cache.shape[2], pairs, interleaved, _kind(spec.q_norm), _kind(spec.k_norm), qkv.dtype, k_cache.dtype
+        ),
+    )
+
+
+def _pairs(spec: Attention, turn: Turn | None) -> tuple[int, bool]:
+    rope = spec.rope
+    expect("store_kv", (rope is None) == (turn is None), "rope is in only one of spec and arguments")
+    if rope is None or turn is None:
+        return 0, False
+    pairs = rope.dim // 2
+    cos, sin = turn
+    expect_array("store_kv", "cos", cos, ("f32",), (None, pairs))
+    expect_array("store_kv", "sin", sin, ("f32",), cos.shape)
+    return pairs, rope.pairing == "interleaved"
+
+
+def _kind(norm: Norm | None) -> int:
+    return 0 if norm is None else 2 if isinstance(norm, LayerNorm) else 1

@@ -1,0 +1,133 @@
+"""What a model takes of a GPU's memory, before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ...arch import Decoder, Rope
+from ...errors import ConfigError, PluginError
+from ..contract import RuntimeOptions, WeightSource
+from ..memory import MemoryPlan, plan_memory
+from ..program import Apply, Attend, Program, Project, lower
+from .device import CudaDevice
+from .formats import DENSE_TYPES, TILE_ROWS
+from .ops import attention
+from .ops.sample import ROW, TOPS
+from .ops.sample import scratch_bytes as sampling_scratch
+from .weights import STAGE, resident_bytes
+
+FEW = 32
+"""Rows up to which the kernels that read packed weights are used; beyond, weights are unpacked for cuBLAS."""
+UNPACK = 64 << 20
+BLAS_WORKSPACE = 32 << 20
+BIASES = 1536
+_ACTIVATIONS = {"auto": "f16", "f16": "f16", "bf16": "bf16"}
+_KV = {"f16": "f16", "bf16": "bf16"}
+
+
+def activation_dtype(options: RuntimeOptions) -> str:
+    """The dtype of values between layers. Raises ConfigError for one that the GPU runtime does not compute in."""
+    if options.activation_dtype not in _ACTIVATIONS:
+        raise ConfigError(
+            f"runtime.activation_dtype is {options.activation_dtype!r}; the CUDA runtime has {', '.join(_ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[options.activation_dtype]
+
+
+def kv_dtype(options: RuntimeOptions) -> str:
+    """The dtype of the KV cache: the activations' unless another is asked for. Raises ConfigError."""
+    act = activation_dtype(options)
+    if options.kv_dtype not in ("auto", act):
+        raise ConfigError(
+            f"runtime.kv_dtype is {options.kv_dtype!r}; with {act} activations the CUDA runtime stores auto or {act}"
+        )
+    return act
+
+
+def check(program: Program) -> None:
+    """Raises PluginError or ConfigError for what has no kernels."""
+    for step in program.steps:
+        if isinstance(step, Apply):
+            raise PluginError(
+                f"{step.name} is a {type(step.module).__name__}, which has no CUDA implementation; set device: cpu"
+            )
+        if isinstance(step, Attend) and (
+            step.attention.head_dim > attention.MAX_HEAD_DIM or step.attention.head_dim % 2
+        ):
+            raise ConfigError(
+                f"{step.name}: head_dim is {step.attention.head_dim}; the CUDA runtime has kernels for even "
+                f"numbers up to {attention.MAX_HEAD_DIM}"
+            )
+
+
+def unpack_rows(cols: int, rows: int) -> int:
+    """Rows of a quantised matrix that are unpacked at a time for cuBLAS."""
+    return min(rows, max(TILE_ROWS, UNPACK // (2 * cols) // TILE_ROWS * TILE_ROWS))
+
+
+def plan(decoder: Decoder, source: WeightSource, options: RuntimeOptions, index: int) -> MemoryPlan:
+    """The memory plan of a decoder on GPU ``index``, as it is now. Raises CapacityError when it does not fit."""
+    with CudaDevice(index) as device:
+        sizes = device.total, device.free(), device.sms
+        return plan_program(lower(decoder), lambda name: source.tensors[name].type, options, str(device), *sizes)
+
+
+def plan_program(
+    program: Program, types: Callable[[str], str], options: RuntimeOptions, device: str, total: int, free: int, sms: int
+) -> MemoryPlan:
+    """The memory plan. ``types`` tells a tensor's stored type. Raises CapacityError when it does not fit."""
+    check(program)
+    decoder = program.decoder
+    act = activation_dtype(options)
+    kv_dtype(options)
+    context = options.context or decoder.context
+    rows = options.max_batch
+    rope = sum(8 * context * (rope.dim // 2) for rope in ropes(decoder))
+    workspace = program.workspace(options.max_tokens, rows, narrow_bytes=2).size + scratch_bytes(
+        program, types, options, sms
+    )
+    workspace += rows * (ROW.itemsize + 4 * TOPS + 16) + sampling_scratch(rows, decoder.vocab)
+    workspace += 8 * most_seen(rows, decoder.vocab, context) + 12 * BIASES * rows
+    tables = 4 * rows * (-(-context // options.block_size) * 2)
+    spare_block = options.block_size * decoder.kv_values_per_token() * 2
+    return plan_memory(
+        device=device,
+        total=total,
+        free=free,
+        memory_fraction=options.memory_fraction,
+        weights=resident_bytes(program, types) + rope,
+        workspace=workspace + tables + spare_block + BLAS_WORKSPACE + 3 * STAGE,
+        kv_bytes_per_token=decoder.kv_values_per_token() * 2,
+        kv_dtype=act,
+        block_size=options.block_size,
+        context=options.context,
+        model_context=decoder.context,
+        max_batch=options.max_batch,
+        max_tokens=options.max_tokens,
+        max_logit_rows=rows,
+    )
+
+
+def scratch_bytes(program: Program, types: Callable[[str], str], options: RuntimeOptions, sms: int) -> int:
+    """Bytes of scratch that steps share one after the other: unpacked weights, attention's partial results."""
+    shapes = {spec.name: spec.shape for spec in program.decoder.tensors()}
+    need = 4 * options.max_tokens * program.decoder.hidden
+    for step in program.steps:
+        if isinstance(step, Project) and options.max_tokens > FEW:
+            for weight in step.weights:
+                rows, cols = shapes[weight.weight]
+                if types(weight.weight) not in DENSE_TYPES:
+                    need = max(need, 2 * cols * unpack_rows(cols, rows))
+        elif isinstance(step, Attend):
+            need = max(need, attention.scratch_bytes(step.attention, options.max_batch, sms))
+    return need
+
+
+def most_seen(rows: int, vocab: int, context: int) -> int:
+    """Distinct tokens of all sequences together that penalties may have to know."""
+    return rows * min(vocab, context)
+
+
+def ropes(decoder: Decoder) -> list[Rope]:
+    """The different rotary embeddings of a model's layers."""
+    return list(dict.fromkeys(block.attn.rope for block in decoder.blocks if block.attn.rope is not None))

@@ -1,0 +1,394 @@
+"""The device's sampler against the CPU's: equal tokens, log-probabilities and errors, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from polyhead.errors import CapacityError, DeviceError, PolyheadError, RequestError
+from polyhead.runtime.contract import SampledToken, SamplingRow
+from polyhead.runtime.cpu.sampler import sample as cpu_sample
+from polyhead.runtime.cuda.graph import Graph
+from polyhead.runtime.cuda.memory import Pool
+from polyhead.runtime.cuda.ops.sample import MAX_VOCAB
+from polyhead.runtime.cuda.sampler import Needs, Sampler
+from polyhead.runtime.philox import uniform
+
+pytestmark = pytest.mark.gpu
+
+INF = math.inf
+CLOSE = 1e-6  # nearer to a boundary than this, in units of the total weight, the two may differ
+F32 = NDArray[np.float32]
+Run = Callable[[F32, Sequence[SamplingRow]], list[SampledToken]]
+
+
+@pytest.fixture
+def make(ctx, pool):
+    """Builds a Sampler for a vocabulary; closed after the test."""
+    made = []
+
+    def build(vocab: int, max_rows: int = 64, max_seen: int = 20_000) -> Sampler:
+        made.append(Sampler(ctx, pool, max_rows, vocab, max_seen))
+        return made[-1]
+
+    yield build
+    for sampler in made:
+        sampler.close()
+
+
+@pytest.fixture
+def run(ctx, make) -> Run:
+    """Samples on the device, with one sampler per vocabulary, and checks that the logits stay as they are."""
+    samplers: dict[int, Sampler] = {}
+
+    def sample(logits: F32, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+        vocab = logits.shape[1]
+        if vocab not in samplers:
+            samplers[vocab] = make(vocab, 256)
+        with Pool(ctx.device, "logits") as pool:
+            array = pool.array(logits.shape, "f32")
+            ctx.device.upload(array, logits)
+            tokens = samplers[vocab].sample(array, rows)
+            assert np.array_equal(ctx.device.download(array), logits, equal_nan=True)
+        chosen = ctx.device.download(samplers[vocab].tokens)[: len(rows)].tolist()
+        assert chosen == [token.id for token in tokens], "the next step's input"
+        return tokens
+
+    return sample
+
+
+def adjusted(logits: F32, row: SamplingRow) -> NDArray[np.float64]:
+    """Bias and penalties as their definitions say."""
+    x = logits.astype(np.float64)
+    for token, bias in row.logit_bias.items():
+        x[token] += bias
+    if row.repetition != 1.0:
+        for token in {*row.prompt_ids, *row.output_ids}:
+            x[token] = x[token] / row.repetition if x[token] > 0 else x[token] * row.repetition
+    for token, count in Counter(row.output_ids).items():
+        x[token] -= row.presence + row.frequency * count
+    return x
+
+
+def distance(logits: F32, row: SamplingRow) -> float:
+    """How far the row's decisions are from going another way, in units of the total weight; greedy is exact: 1."""
+    if row.temperature == 0.0:
+        return 1.0
+    x = adjusted(logits, row)
+    with np.errstate(over="ignore", under="ignore"):
+        weights = np.exp((x - x.max()) / row.temperature)
+    order = np.argsort(-x, kind="stable")
+    if 0 < row.top_k < len(x):
+        order = order[: row.top_k]
+    near = [1.0]
+    if row.top_p < 1.0:
+        sums = np.cumsum(weights[order]) / weights[order].sum()
+        near.append(float(np.abs(sums - row.top_p).min()))
+        order = order[: int(np.searchsorted(sums, row.top_p)) + 1]
+    if row.min_p > 0.0:
+        near.append(float(np.abs(weights[order] - row.min_p).min()))
+        order = order[weights[order] >= row.min_p]
+    sums = np.cumsum(weights[np.sort(order)])
+    near.append(float(np.abs(sums / sums[-1] - uniform(row.seed, row.position)).min()))
+    return min(near)
+
+
+def outcome(sample: Run, logits: F32, rows: Sequence[SamplingRow]) -> tuple[list[SampledToken], PolyheadError | None]:
+    """The tokens, or the error."""
+    try:
+        return sample(logits, rows), None
+    except PolyheadError as error:
+        return [], error
+
+
+def check(logits: F32, rows: Sequence[SamplingRow], run: Run) -> int:
+    """Compares with the CPU; returns how many rows were too close to a boundary to be equal."""
+    expected, problem = outcome(cpu_sample, logits, rows)
+    tokens, other = outcome(run, logits, rows)
+    assert (type(other), str(other)) == (type(problem), str(problem))
+    close = 0
+    for index, (found, wanted) in enumerate(zip(tokens, expected, strict=True)):
+        if found.id != wanted.id:
+            assert distance(logits[index], rows[index]) < CLOSE, (index, found, wanted, rows[index])
+            close += 1
+            continue
+        assert (found.logprob is None) == (wanted.logprob is None)
+        if wanted.logprob is not None:
+            assert found.logprob == pytest.approx(wanted.logprob, abs=1e-6)
+            assert [token for token, _ in found.top] == [token for token, _ in wanted.top]
+            assert [value for _, value in found.top] == pytest.approx([value for _, value in wanted.top], abs=1e-6)
+    return close
+
+
+VOCAB = 12
+FINITE = st.one_of(st.sampled_from([-2.0, -1.0, -0.0, 0.0, 0.5, 1.0, 3.0]), st.floats(-20, 20, width=32))
+STRANGE = st.one_of(FINITE, FINITE, FINITE, FINITE, st.sampled_from([-INF, INF, math.nan, 3e38, -3e38, 1e-42]))
+SMALL = st.lists(STRANGE, min_size=VOCAB, max_size=VOCAB)
+IDS = st.lists(st.integers(0, VOCAB - 1), max_size=6)
+ROWS = st.builds(
+    SamplingRow,
+    seed=st.integers(0, 2**64 - 1),
+    position=st.integers(0, 2**20),
+    temperature=st.sampled_from([0.0, 1e-308, 0.3, 0.7, 1.0, 1.5, 20.0, 1e308]),
+    top_k=st.sampled_from([0, 0, 1, 2, 5, VOCAB, 100]),
+    top_p=st.sampled_from([1.0, 1.0, 1e-9, 0.05, 0.37, 0.81, 0.999]),
+    min_p=st.sampled_from([0.0, 0.0, 0.013, 0.37, 1.0]),
+    repetition=st.sampled_from([1.0, 1.0, 1.3, 0.7]),
+    presence=st.sampled_from([0.0, 0.6, -1.1]),
+    frequency=st.sampled_from([0.0, 0.4, -0.3]),
+    logit_bias=st.dictionaries(st.integers(0, VOCAB - 1), st.sampled_from([-INF, -100.0, -1.5, 2.5]), max_size=3),
+    prompt_ids=IDS,
+    output_ids=IDS,
+    logprobs=st.sampled_from([None, None, 0, 1, 5, 20]),
+)
+
+
+def test_equals_the_cpu_sampler_on_whatever_rows(run) -> None:
+    @settings(max_examples=400, deadline=None)
+    @given(st.lists(st.tuples(SMALL, ROWS), min_size=1, max_size=5))
+    def compare(pairs) -> None:
+        check(np.array([x for x, _ in pairs], np.float32), [row for _, row in pairs], run)
+
+    compare()
+
+
+def many_rows(rng: np.random.Generator, count: int, vocab: int) -> list[SamplingRow]:
+    def ids() -> list[int]:
+        return rng.integers(0, vocab, rng.integers(0, 50)).tolist()
+
+    return [
+        SamplingRow(
+            seed=int(rng.integers(0, 2**63)),
+            position=int(rng.integers(0, 2**20)),
+            temperature=float(rng.choice([0.0, 0.5, 0.7, 1.0, 1.7])),
+            top_k=int(rng.choice([0, 0, 1, 40, 1_000, vocab // 2])),
+            top_p=float(rng.choice([1.0, 0.5, 0.9, 0.95, 0.999])),
+            min_p=float(rng.choice([0.0, 0.0, 0.05])),
+            repetition=float(rng.choice([1.0, 1.1])),
+            presence=float(rng.choice([0.0, 0.5])),
+            frequency=float(rng.choice([0.0, 0.25])),
+            logit_bias={int(token): 3.0 for token in rng.integers(0, vocab, rng.integers(0, 5))},
+            prompt_ids=ids(),
+            output_ids=ids(),
+            logprobs=[None, 0, 3, 20][rng.integers(4)],
+        )
+        for _ in range(count)
+    ]
+
+
+def many_logits(rng: np.random.Generator, count: int, vocab: int) -> F32:
+    """Peaked, flat, coarse (with many ties), all equal, clustered far below one peak, partly banned."""
+    x = rng.standard_normal((count, vocab)) * rng.choice([0.05, 1.0, 3.0], (count, 1))
+    for index, kind in enumerate(rng.integers(0, 8, count)):
+        if kind == 0:
+            x[index] = np.round(x[index] * 4) / 4
+        elif kind == 1:
+            x[index] = 1.5
+        elif kind == 2:
+            x[index] = -3.0 + 1e-4 * x[index]
+            x[index, rng.integers(vocab)] = 0.0
+        elif kind == 3:
+            x[index, rng.random(vocab) < 0.5] = -INF
+            x[index, rng.integers(vocab)] = 0.0
+    return x.astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "count"),
+    [(1, 3), (31, 40), (2_048, 9), (2_049, 9), (4_097, 200), (50_257, 40), (128_256, 3), (128_256, 40), (262_144, 17)],
+)
+def test_equals_the_cpu_sampler_over_vocabularies_of_any_size(run, vocab, count) -> None:
+    rng = np.random.default_rng(vocab + count)
+    close = check(many_logits(rng, count, vocab), many_rows(rng, count, vocab), run)
+    assert close <= 1 + count // 20
+
+
+def test_a_row_gives_the_same_bits_alone_and_in_any_batch(run) -> None:
+    rng = np.random.default_rng(3)
+    vocab, count = 30_011, 150
+    logits, rows = many_logits(rng, count, vocab), many_rows(rng, count, vocab)
+    rows = [replace(row, logprobs=5) for row in rows]
+    together = run(logits, rows)
+    order = rng.permutation(count)
+    shuffled = run(logits[order], [rows[index] for index in order])
+    assert shuffled == [together[index] for index in order]
+    for index in range(0, count, 7):  # few rows are cut into smaller chunks
+        assert run(logits[index : index + 1], [rows[index]]) == [together[index]]
+    assert run(logits, rows) == together
+
+
+def test_ties_go_to_the_lowest_ids_across_chunks(run) -> None:
+    logits = np.zeros((40, 10_000), np.float32)
+    greedy = [SamplingRow(seed=1, position=at) for at in range(40)]
+    assert {token.id for token in run(logits, greedy)} == {0}
+    peaks = np.full((1, 10_000), -1.0, np.float32)
+    peaks[0, [2_047, 2_048, 4_096, 9_999]] = 7.0
+    assert run(peaks, greedy[:1])[0].id == 2_047
+    assert run(peaks, [replace(greedy[0], logprobs=4)])[0].top[3][0] == 9_999
+    for kwargs, kept in (
+        ({"top_k": 3}, 3),
+        ({"top_k": 5_000}, 5_000),
+        ({"top_p": 0.25}, 2_500),
+        ({"top_p": 1e-9}, 1),
+        ({"top_k": 4_000, "top_p": 0.5}, 2_000),
+    ):
+        rows = [SamplingRow(seed=2, position=at, temperature=1.0, **kwargs) for at in range(40)]
+        expected = [int(uniform(2, at) * kept) for at in range(40)]
+        assert [token.id for token in run(logits, rows)] == expected, kwargs
+
+
+def test_the_uniform_numbers_are_those_of_philox(run) -> None:
+    """All weights equal, so the token is floor(u * vocab): the upper 16 bits of the draw."""
+    logits = np.zeros((256, 65_536), np.float32)
+    rng = np.random.default_rng(8)
+    seeds = [0, 2**64 - 1, *(int(seed) for seed in rng.integers(0, 2**64, 254, np.uint64))]
+    rows = [SamplingRow(seed, int(rng.integers(0, 2**31)), 1.0) for seed in seeds]
+    assert [token.id for token in run(logits, rows)] == [int(uniform(row.seed, row.position) * 65_536) for row in rows]
+
+
+@pytest.mark.parametrize("filters", [{"top_p": 0.7}, {"top_k": 9_000}, {"top_k": 14_000, "top_p": 0.4, "min_p": 0.01}])
+def test_an_edge_among_thousands_of_nearly_equal_values_is_exact(run, filters) -> None:
+    """More entries lie in one bucket than are listed, so the row is read again."""
+    rng = np.random.default_rng(5)
+    logits = (-4.0 + rng.integers(0, 50, (30, 20_000)) * 1e-5).astype(np.float32)
+    logits[:, 777] = 3.0
+    rows = [SamplingRow(seed=6, position=at, temperature=0.9, **filters) for at in range(30)]
+    assert check(logits, rows, run) == 0
+
+
+def test_penalties_follow_a_growing_output_and_survive_a_changing_batch(run, ctx) -> None:
+    rng = np.random.default_rng(11)
+    vocab = 5_000
+    penalties = {"repetition": 1.2, "presence": 0.4, "frequency": 0.3}
+    outputs: list[list[int]] = [[] for _ in range(6)]
+    prompts = [tuple(rng.integers(0, vocab, 30).tolist()) for _ in range(6)]
+    for step in range(60):
+        live = [index for index in range(6) if (index * 7 + step) % 11 < 8]
+        logits = rng.standard_normal((len(live), vocab)).astype(np.float32)
+        logits[:, :20] += 6.0  # the same few tokens come again and again
+        rows = [
+            SamplingRow(9, step, 0.0 if i % 2 else 0.8, **penalties, prompt_ids=prompts[i], output_ids=outputs[i])
+            for i in live
+        ]
+        assert check(logits, rows, run) == 0
+        for index, token in zip(live, cpu_sample(logits, rows), strict=True):
+            outputs[index].append(token.id)
+        if step == 30:  # the same list, another content
+            outputs[2][:] = [4, 4, 4]
+
+
+def test_a_token_that_the_host_does_not_know_yet_is_counted(ctx, make, put) -> None:
+    rng = np.random.default_rng(2)
+    vocab, steps = 3_000, 12
+    sampler = make(vocab)
+    base = {"repetition": 1.1, "presence": 1.0, "frequency": 0.5, "logit_bias": {3: 1.0}}
+    rows = [
+        SamplingRow(1, 0, 0.0, **base, prompt_ids=(1, 2, 3)),
+        SamplingRow(2, 0, 1.0, top_p=0.9, **base),
+        SamplingRow(3, 0, 0.7, top_k=20, top_p=0.8),
+    ]
+    known: list[list[int]] = [[], [], []]
+    for step in range(steps):
+        logits = rng.standard_normal((3, vocab)).astype(np.float32)
+        logits[:, :6] += 5.0
+        late = [replace(row, position=step, output_ids=tuple(seen[:-1])) for row, seen in zip(rows, known, strict=True)]
+        needs = sampler.prepare(late, recent=step > 0)
+        sampler.launch(put(logits), needs)
+        found = [token.id for token in sampler.collect(late)]
+        exact = [replace(row, position=step, output_ids=tuple(seen)) for row, seen in zip(rows, known, strict=True)]
+        assert found == [token.id for token in cpu_sample(logits, exact)]
+        for seen, token in zip(known, found, strict=True):
+            seen.append(token)
+
+
+def test_lists_that_run_out_of_room_are_laid_out_anew_and_too_long_ones_are_an_error(make, put) -> None:
+    rng = np.random.default_rng(4)
+    vocab = 1_000
+    sampler = make(vocab, 4, max_seen=400)
+    for _ in range(20):  # each round brings other generations; those of the last one must give way
+        outputs = [rng.integers(0, vocab, 40).tolist() for _ in range(4)]
+        for _ in range(30):
+            logits = rng.standard_normal((4, vocab)).astype(np.float32)
+            rows = [SamplingRow(5, 1, 0.0, presence=0.5, output_ids=output) for output in outputs]
+            found = [token.id for token in sampler.sample(put(logits), rows)]
+            assert found == [token.id for token in cpu_sample(logits, rows)]
+            for output, token in zip(outputs, found, strict=True):
+                output.append(token)
+    rows = [SamplingRow(5, 1, 0.0, presence=0.5, output_ids=range(401))]
+    with pytest.raises(CapacityError, match=r"401 distinct tokens.*room for 400"):
+        sampler.sample(put(np.zeros((1, vocab), np.float32)), rows)
+
+
+def test_a_captured_graph_serves_other_rows(ctx, make, put) -> None:
+    rng = np.random.default_rng(6)
+    vocab, count = 9_001, 5
+    sampler = make(vocab)
+    logits = put(np.zeros((count, vocab), np.float32))
+    needs = Needs(draws=True, filters=2, logprobs=True)
+    rows = many_rows(rng, count, vocab)
+    sampler.prepare(rows)
+    sampler.launch(logits, needs)  # loads the kernels
+    sampler.collect(rows)
+    with Graph(ctx, lambda: sampler.launch(logits, needs), "sampling") as graph:
+        for _ in range(10):
+            values, rows = many_logits(rng, count, vocab), many_rows(rng, count, vocab)
+            ctx.device.upload(logits, values)
+            assert needs.covers(sampler.prepare(rows))
+            graph.launch()
+            found, expected = sampler.collect(rows), cpu_sample(values, rows)
+            for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+                assert a.id == b.id or distance(values[index], rows[index]) < CLOSE
+
+
+def test_a_row_in_error_leaves_no_trace(run) -> None:
+    logits = np.zeros((3, 5_000), np.float32)
+    logits[:, 7] = 2.0
+    good = [SamplingRow(seed=1, position=at, temperature=0.5, top_p=0.9, top_k=50) for at in range(3)]
+    before = run(logits, good)
+    for value in (math.nan, INF):
+        broken = logits.copy()
+        broken[1, 4_999] = value
+        check(broken, good, run)
+    with pytest.raises(DeviceError, match=r"only -inf logits in row 2, for the token at position 2"):
+        run(np.where(np.arange(3)[:, None] == 2, -INF, logits).astype(np.float32), good)
+    with pytest.raises(RequestError, match=r"no token is left to choose at position 1"):
+        run(logits[:, :2], [good[0], replace(good[1], logit_bias={0: -INF, 1: -INF}), good[2]])
+    assert run(logits, good) == before
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"logit_bias": {50: 1.0}},
+        {"logit_bias": {-1: 1.0}},
+        {"repetition": 1.1, "prompt_ids": (3, 50)},
+        {"repetition": 1.1, "output_ids": (-2,)},
+        {"presence": 0.1, "output_ids": (1, 99)},
+    ],
+)
+def test_token_ids_outside_the_vocabulary_are_refused_as_on_the_cpu(run, kwargs) -> None:
+    check(np.zeros((1, 50), np.float32), [SamplingRow(seed=0, position=0, **kwargs)], run)
+
+
+def test_what_cannot_be_is_refused_before_a_launch(make, put, pool) -> None:
+    sampler = make(100, 2)
+    row = SamplingRow(seed=0, position=0)
+    logits = put(np.zeros((3, 100), np.float32))
+    with pytest.raises(DeviceError, match="3 rows to sample exceed the sampler's 2"):
+        sampler.sample(logits, [row] * 3)
+    with pytest.raises(DeviceError, match=r"f32\[3, 100\] does not go with 2 rows"):
+        sampler.sample(logits, [row] * 2)
+    with pytest.raises(RequestError, match="logprobs must be at most 20"):
+        sampler.sample(logits.slice_rows(0, 1), [replace(row, logprobs=21)])
+    with pytest.raises(DeviceError, match=f"up to {MAX_VOCAB:,} tokens"):
+        make(MAX_VOCAB + 1, 1).launch(pool.array((1, MAX_VOCAB + 1), "f32"), Needs(False, 0, False))
+    with pytest.raises(DeviceError, match="sample wants rows"):
+        sampler.launch(logits, Needs(False, 0, False))
+    assert sampler.sample(logits.slice_rows(0, 0), []) == []
