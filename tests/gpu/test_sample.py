@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
-from polyhead.errors import CapacityError, DeviceError, PolyheadError, RequestError
+from polyhead.errors import CapacityError, DeviceError, RequestError
 from polyhead.runtime.contract import SampledToken, SamplingRow
 from polyhead.runtime.cpu.sampler import sample as cpu_sample
 from polyhead.runtime.cuda.graph import Graph
@@ -20,13 +18,11 @@ from polyhead.runtime.cuda.memory import Pool
 from polyhead.runtime.cuda.ops.sample import MAX_VOCAB
 from polyhead.runtime.cuda.sampler import Needs, Sampler
 from polyhead.runtime.philox import uniform
+from sampling_rows import CLOSE, F32, Run, check, distance, many_logits, many_rows
 
 pytestmark = pytest.mark.gpu
 
 INF = math.inf
-CLOSE = 1e-6  # nearer to a boundary than this, in units of the total weight, the two may differ
-F32 = NDArray[np.float32]
-Run = Callable[[F32, Sequence[SamplingRow]], list[SampledToken]]
 
 
 @pytest.fixture
@@ -64,69 +60,6 @@ def run(ctx, make) -> Run:
     return sample
 
 
-def adjusted(logits: F32, row: SamplingRow) -> NDArray[np.float64]:
-    """Bias and penalties as their definitions say."""
-    x = logits.astype(np.float64)
-    for token, bias in row.logit_bias.items():
-        x[token] += bias
-    if row.repetition != 1.0:
-        for token in {*row.prompt_ids, *row.output_ids}:
-            x[token] = x[token] / row.repetition if x[token] > 0 else x[token] * row.repetition
-    for token, count in Counter(row.output_ids).items():
-        x[token] -= row.presence + row.frequency * count
-    return x
-
-
-def distance(logits: F32, row: SamplingRow) -> float:
-    """How far the row's decisions are from going another way, in units of the total weight; greedy is exact: 1."""
-    if row.temperature == 0.0:
-        return 1.0
-    x = adjusted(logits, row)
-    with np.errstate(over="ignore", under="ignore"):
-        weights = np.exp((x - x.max()) / row.temperature)
-    order = np.argsort(-x, kind="stable")
-    if 0 < row.top_k < len(x):
-        order = order[: row.top_k]
-    near = [1.0]
-    if row.top_p < 1.0:
-        sums = np.cumsum(weights[order]) / weights[order].sum()
-        near.append(float(np.abs(sums - row.top_p).min()))
-        order = order[: int(np.searchsorted(sums, row.top_p)) + 1]
-    if row.min_p > 0.0:
-        near.append(float(np.abs(weights[order] - row.min_p).min()))
-        order = order[weights[order] >= row.min_p]
-    sums = np.cumsum(weights[np.sort(order)])
-    near.append(float(np.abs(sums / sums[-1] - uniform(row.seed, row.position)).min()))
-    return min(near)
-
-
-def outcome(sample: Run, logits: F32, rows: Sequence[SamplingRow]) -> tuple[list[SampledToken], PolyheadError | None]:
-    """The tokens, or the error."""
-    try:
-        return sample(logits, rows), None
-    except PolyheadError as error:
-        return [], error
-
-
-def check(logits: F32, rows: Sequence[SamplingRow], run: Run) -> int:
-    """Compares with the CPU; returns how many rows were too close to a boundary to be equal."""
-    expected, problem = outcome(cpu_sample, logits, rows)
-    tokens, other = outcome(run, logits, rows)
-    assert (type(other), str(other)) == (type(problem), str(problem))
-    close = 0
-    for index, (found, wanted) in enumerate(zip(tokens, expected, strict=True)):
-        if found.id != wanted.id:
-            assert distance(logits[index], rows[index]) < CLOSE, (index, found, wanted, rows[index])
-            close += 1
-            continue
-        assert (found.logprob is None) == (wanted.logprob is None)
-        if wanted.logprob is not None:
-            assert found.logprob == pytest.approx(wanted.logprob, abs=1e-6)
-            assert [token for token, _ in found.top] == [token for token, _ in wanted.top]
-            assert [value for _, value in found.top] == pytest.approx([value for _, value in wanted.top], abs=1e-6)
-    return close
-
-
 VOCAB = 12
 FINITE = st.one_of(st.sampled_from([-2.0, -1.0, -0.0, 0.0, 0.5, 1.0, 3.0]), st.floats(-20, 20, width=32))
 STRANGE = st.one_of(FINITE, FINITE, FINITE, FINITE, st.sampled_from([-INF, INF, math.nan, 3e38, -3e38, 1e-42]))
@@ -157,47 +90,6 @@ def test_equals_the_cpu_sampler_on_whatever_rows(run) -> None:
         check(np.array([x for x, _ in pairs], np.float32), [row for _, row in pairs], run)
 
     compare()
-
-
-def many_rows(rng: np.random.Generator, count: int, vocab: int) -> list[SamplingRow]:
-    def ids() -> list[int]:
-        return rng.integers(0, vocab, rng.integers(0, 50)).tolist()
-
-    return [
-        SamplingRow(
-            seed=int(rng.integers(0, 2**63)),
-            position=int(rng.integers(0, 2**20)),
-            temperature=float(rng.choice([0.0, 0.5, 0.7, 1.0, 1.7])),
-            top_k=int(rng.choice([0, 0, 1, 40, 1_000, vocab // 2])),
-            top_p=float(rng.choice([1.0, 0.5, 0.9, 0.95, 0.999])),
-            min_p=float(rng.choice([0.0, 0.0, 0.05])),
-            repetition=float(rng.choice([1.0, 1.1])),
-            presence=float(rng.choice([0.0, 0.5])),
-            frequency=float(rng.choice([0.0, 0.25])),
-            logit_bias={int(token): 3.0 for token in rng.integers(0, vocab, rng.integers(0, 5))},
-            prompt_ids=ids(),
-            output_ids=ids(),
-            logprobs=[None, 0, 3, 20][rng.integers(4)],
-        )
-        for _ in range(count)
-    ]
-
-
-def many_logits(rng: np.random.Generator, count: int, vocab: int) -> F32:
-    """Peaked, flat, coarse (with many ties), all equal, clustered far below one peak, partly banned."""
-    x = rng.standard_normal((count, vocab)) * rng.choice([0.05, 1.0, 3.0], (count, 1))
-    for index, kind in enumerate(rng.integers(0, 8, count)):
-        if kind == 0:
-            x[index] = np.round(x[index] * 4) / 4
-        elif kind == 1:
-            x[index] = 1.5
-        elif kind == 2:
-            x[index] = -3.0 + 1e-4 * x[index]
-            x[index, rng.integers(vocab)] = 0.0
-        elif kind == 3:
-            x[index, rng.random(vocab) < 0.5] = -INF
-            x[index, rng.integers(vocab)] = 0.0
-    return x.astype(np.float32)
 
 
 @pytest.mark.parametrize(

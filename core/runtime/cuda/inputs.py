@@ -41,6 +41,7 @@ class Inputs:
         self, ctx: Context, pool: Pool, max_tokens: int, max_batch: int, max_rows: int, max_blocks: int
     ) -> None:
         self._ctx = ctx
+        self._views: dict[tuple[int, int, int, int, int, bool], View] = {}
         self._max_blocks = max_blocks
         tiles = max_tokens // TILE + max_batch + 1
         sizes = {
@@ -87,23 +88,32 @@ class Inputs:
         used = min(width, batch.block_tables.shape[1])
         table[:sequences, :used] = batch.block_tables[:, :used]
         device = self._ctx.device
+        view = self._view(total, padded, rows, width, len(tiles), decode)
         device.copy_in(self._small, self._host)
-        tables = self._tables.view("i32", padded, width)
-        device.copy_in(tables, table)
-        return View(
+        device.copy_in(view.block_tables, table)
+        return view
+
+    def _view(self, total: int, padded: int, rows: int, width: int, tiles: int, decode: bool) -> View:
+        key = (total, padded, rows, width, tiles, decode)
+        if decode and key in self._views:  # making a view costs more than launching its graph
+            return self._views[key]
+        view = View(
             tokens=self._at("tokens", total),
             positions=self._at("positions", total),
             sequences=self._at("sequences", total),
             query_start=self._at("query_start", padded + 1),
             context_lens=self._at("context_lens", padded),
             logit_rows=self._at("logit_rows", rows),
-            block_tables=tables,
-            tiles=self._at("tiles", len(tiles), 2),
+            block_tables=self._tables.view("i32", padded, width),
+            tiles=self._at("tiles", tiles, 2),
             count=total,
             rows=rows,
             sequences_count=padded,
             decode=decode,
         )
+        if decode:
+            self._views[key] = view
+        return view
 
     def _put(self, name: str, values: NDArray[np.int32], size: int, fill: int | None) -> None:
         start = self._offsets[name]

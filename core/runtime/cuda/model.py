@@ -201,7 +201,7 @@ class CudaModel:
 
     def _embed(self, step: Embed, run: _Run) -> None:
         positions = self._weights.vector(step.positions.weight) if step.positions else None
-        table = self._weights.matrix(step.table)
+        table = self._weights.table(step.table)
         view = run.view
         embed.embed(self._ctx, view.tokens, table, run[step.dst], step.scale, view.positions, positions)
 
@@ -220,21 +220,19 @@ class CudaModel:
             narrow = self._scratch.view(self._act, *src.shape)
             rows.convert(self._ctx, src, narrow)
             src = narrow
-        column = 0
-        for weight, size in zip(step.weights, step.rows, strict=True):
+        for part in self._weights.parts(step):
             linear(
                 self._ctx,
                 self._blas,
                 src,
-                self._weights.matrix(weight),
+                part.matrix,
                 run[step.dst],
-                column,
+                part.column,
                 self._scratch,
-                bias=self._weights.vector(getattr(weight, "bias", None)),
+                bias=part.bias,
                 accumulate=step.accumulate,
                 scale=step.scale,
             )
-            column += size
 
     def _store_kv(self, step: StoreKV, run: _Run) -> None:
         spec, view = step.attention, run.view

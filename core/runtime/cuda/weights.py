@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arch import Embedding, Linear
+from ...arch import Embedding
 from ..contract import WeightInfo, WeightSource
-from ..program import Embed, Program, Project
+from ..program import Embed, Program, Project, Step
 from .context import Context
 from .device import float_to_bf16
 from .formats import DENSE_TYPES, TILE_ROWS, DenseMatrix, Matrix, QuantMatrix, matrix_bytes, raw_bytes
@@ -50,8 +51,20 @@ def resident_bytes(program: Program, types: Callable[[str], str]) -> int:
     return total
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Columns of a projection's output that one launch computes, from ``column`` on, and their bias."""
+
+    column: int
+    matrix: Matrix
+    bias: Array | None
+
+
 class CudaWeights:
-    """A program's weights by tensor name: ``matrix`` for projections and tables, ``vector`` for the rest."""
+    """A program's weights: ``parts`` for projections, ``table`` for the embedding, ``vector`` for the rest.
+
+    Matrices that are used together and stored alike lie one after the other, so that one launch serves them.
+    """
 
     def __init__(
         self, ctx: Context, pool: Pool, program: Program, source: WeightSource, act: str, progress: Progress | None
@@ -59,15 +72,19 @@ class CudaWeights:
         self._ctx, self._act = ctx, act
         self._matrices: dict[str, Matrix] = {}
         self._vectors: dict[str, Array] = {}
-        names = matrix_names(program)
+        self._parts: dict[str, tuple[Part, ...]] = {}
+        self._stacked: dict[tuple[str, ...], Matrix] = {}
+        stacks = [run for step in program.steps for run in _stacks(step, source)]
+        for run in stacks:
+            self._reserve(pool, run, source)
         specs = {spec.name: spec for spec in program.decoder.tensors()}
         total = sum(source.tensors[name].nbytes for name in specs)
         done = 0
         with _Stages(ctx) as stages:
             for spec in specs.values():
                 info = source.tensors[spec.name]
-                if spec.name in names:
-                    self._matrices[spec.name] = self._load(pool, stages, source, spec.name, info)
+                if spec.name in self._matrices:
+                    self._fill(self._matrices[spec.name], stages, source, spec.name, info)
                 else:
                     array = pool.array(spec.shape, "f32")
                     ctx.device.upload(array, source.dequantise(spec.name))
@@ -76,30 +93,66 @@ class CudaWeights:
                 if progress is not None:
                     progress(done, total)
 
-    def matrix(self, weight: Linear | Embedding) -> Matrix:
-        """The matrix a leaf names."""
-        return self._matrices[weight.weight]
+        for step in program.steps:
+            if isinstance(step, Project):
+                self._parts[step.name] = tuple(self._join(pool, step, source))
+
+    def table(self, embedding: Embedding) -> Matrix:
+        """The token embedding."""
+        return self._matrices[embedding.weight]
+
+    def parts(self, step: Project) -> tuple[Part, ...]:
+        """What to launch for a projection."""
+        return self._parts[step.name]
 
     def vector(self, name: str | None) -> Array | None:
         """A vector, or a learned table of positions, by tensor name; None for None."""
         return None if name is None else self._vectors[name]
 
-    def _load(self, pool: Pool, stages: _Stages, source: WeightSource, name: str, info: WeightInfo) -> Matrix:
+    def _reserve(self, pool: Pool, names: Sequence[str], source: WeightSource) -> None:
+        """Makes room for matrices that lie one after the other, unless they have it already (a tied head)."""
+        if names[0] in self._matrices:
+            return
+        infos = [source.tensors[name] for name in names]
+        whole: Matrix = _make(pool, infos[0].type, sum(info.shape[0] for info in infos), infos[0].shape[1], self._act)
+        start = 0
+        for name, info in zip(names, infos, strict=True):
+            self._matrices[name] = whole.slice_rows(start, start + info.shape[0])
+            start += info.shape[0]
+        self._stacked[tuple(names)] = whole
+
+    def _join(self, pool: Pool, step: Project, source: WeightSource) -> Iterator[Part]:
+        """The launches of a projection, with the biases of stacked matrices stacked alike."""
+        sizes = {weight.weight: rows for weight, rows in zip(step.weights, step.rows, strict=True)}
+        biases = {weight.weight: getattr(weight, "bias", None) for weight in step.weights}
+        column = 0
+        for names in _stacks(step, source):
+            found = [self._vectors[bias] if (bias := biases[name]) is not None else None for name in names]
+            stack = found[0]
+            if len(names) > 1 and any(part is not None for part in found):
+                stack = pool.array(sum(sizes[name] for name in names), "f32", zero=True)
+                at = 0
+                for name, part in zip(names, found, strict=True):
+                    if part is not None:
+                        self._ctx.device.copy(part, stack.slice_rows(at, at + sizes[name]))
+                    at += sizes[name]
+            yield Part(column, self._stacked[tuple(names)], stack)
+            column += sum(sizes[name] for name in names)
+
+    def _fill(self, matrix: Matrix, stages: _Stages, source: WeightSource, name: str, info: WeightInfo) -> None:
         rows, cols = info.shape
-        if info.type in DENSE_TYPES:
-            dense = DenseMatrix(pool.array((rows, cols), self._act))
+        if isinstance(matrix, DenseMatrix):
             read = self._dense_reader(source, name, info)
             for start, stop in _row_chunks(rows, 2 * cols, 1):
-                stages.send(read, start, stop, dense.data.slice_rows(start, stop).view("u8", (stop - start) * cols * 2))
-            return dense
-        matrix = QuantMatrix(info.type, rows, cols, pool.array(QuantMatrix.shape_of(info.type, rows, cols), "u8"))
+                goal = matrix.data.slice_rows(start, stop).view("u8", (stop - start) * cols * 2)
+                stages.send(read, start, stop, goal)
+            return
         row_bytes = raw_bytes(info.type, 1, cols)
         raw = source.data(name).reshape(rows, row_bytes)
         for start, stop in _row_chunks(rows, row_bytes, TILE_ROWS):
             block = stages.send(lambda a, b, out: np.copyto(out, raw[a:b].reshape(-1)), start, stop, None, row_bytes)
             repack(self._ctx, info.type, block, matrix.slice_rows(start, stop))
             stages.used(block)
-        return matrix
 
     def _dense_reader(
         self, source: WeightSource, name: str, info: WeightInfo
@@ -121,6 +174,31 @@ class CudaWeights:
                 np.copyto(out.view("f2").reshape(part.shape), values, casting="same_kind")
 
         return read
+
+
+def _stacks(step: Step, source: WeightSource) -> list[tuple[str, ...]]:
+    """The matrices of a step in runs that can lie one after the other: alike in type and ending at a tile's end."""
+    if isinstance(step, Embed):
+        return [(step.table.weight,)]
+    if not isinstance(step, Project):
+        return []
+    runs: list[list[str]] = []
+    for name in (weight.weight for weight in step.weights):
+        kind = source.tensors[name].type
+        last = source.tensors[runs[-1][-1]] if runs else None
+        both_dense = last is not None and kind in DENSE_TYPES and last.type in DENSE_TYPES
+        alike = last is not None and kind == last.type and last.shape[0] % TILE_ROWS == 0
+        if both_dense or alike:
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return [tuple(run) for run in runs]
+
+
+def _make(pool: Pool, kind: str, rows: int, cols: int, act: str) -> Matrix:
+    if kind in DENSE_TYPES:
+        return DenseMatrix(pool.array((rows, cols), act))
+    return QuantMatrix(kind, rows, cols, pool.array(QuantMatrix.shape_of(kind, rows, cols), "u8"))
 
 
 class _Stages:

@@ -16,6 +16,13 @@ constexpr bool SWIZZLE = DP % 64 == 0;     // else rows are padded; both keep 8 
 constexpr int STRIDE = SWIZZLE ? DP : DP + 8;
 constexpr bool Q_SHARED = DP > 128;  // there registers do not hold the queries as well
 
+// Left to itself ptxas spills a little in small heads on sm_120; told more it holds fewer blocks of large ones.
+#if PH_HEAD_DIM <= 64
+#define PH_BOUNDS THREADS, 3
+#else
+#define PH_BOUNDS THREADS
+#endif
+
 __device__ __forceinline__ int chunk_at(int row, int chunk) {
   return row * STRIDE + 8 * (SWIZZLE ? chunk ^ (row & 7) : chunk);
 }
@@ -44,7 +51,7 @@ __device__ __forceinline__ u32 load_query(const act_t* row, int d) {
 
 // Grid (heads, tiles). `work` [tiles, 2] holds (sequence, first row); a negative sequence is padding. Sequence s owns
 // rows query_start[s] .. query_start[s+1] - 1 of qkv and out, the last of its context_lens[s] tokens.
-extern "C" __global__ void __launch_bounds__(THREADS, D <= 128 ? 3 : 2)
+extern "C" __global__ void __launch_bounds__(PH_BOUNDS)
     ph_attend_prefill(const act_t* qkv, const kv_t* k_cache, const kv_t* v_cache, act_t* out, const int* work,
                       const int* query_start, const int* context_lens, const int* block_tables, int heads,
                       int kv_heads, int table_width, int window, float scale, float cap) {

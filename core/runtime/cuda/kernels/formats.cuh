@@ -9,9 +9,9 @@
 //
 // The clever idea: codes are never converted. Bits masked out in place are the mantissa of a float16 subnormal, code *
 // 2^-24, which the tensor core multiplies exactly; the scales are multiplied by 2^24. The codes of row g + 8 keep their
-// place four bits higher and count 16-fold, which saves a shift. (bfloat16 has too little range for that: there the bits
-// are OR-ed into the mantissa of 128, which makes it 128 + code.) What a format's code has too much, its zero point,
-// leaves in float32 through the sum of the activations, which a product with ones gives.
+// place four bits higher and count 16-fold, which saves a shift. (bfloat16 has too little range for that: there the
+// bits are OR-ed into the mantissa of 128, which makes it 128 + code.) What a format's code has too much, its zero
+// point, leaves in float32 through the sum of the activations, which a product with ones gives.
 
 #pragma once
 
@@ -52,7 +52,9 @@ constexpr int HIGH_PLACE = PH_LOW_BITS;
 
 // How far a word is rotated to the right to bring step i's bits for registers 0 and 1 into place; 2 and 3: 8 more.
 __host__ __device__ constexpr int low_turn(int i) { return PH_LOW_BITS * i; }
-__host__ __device__ constexpr int high_turn(int i) { return PH_HIGH_BITS == 2 ? 2 * i : i + (PH_LOW_BITS == 2 ? -2 : 0); }
+__host__ __device__ constexpr int high_turn(int i) {
+  return PH_HIGH_BITS == 2 ? 2 * i : i + (PH_LOW_BITS == 2 ? -2 : 0);
+}
 
 // The bit of its word where the low (high) bits of register r, half p, step i of the word begin.
 __host__ __device__ constexpr int low_bit(int i, int r, int p) {
@@ -116,7 +118,8 @@ __device__ __forceinline__ void spread_bytes(u32 w, u32& first, u32& second) {
   u32 r[2] = {__byte_perm(w, 0, 0x4140), __byte_perm(w, 0, 0x4342)};
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
-    const act2_t small = ph_bits_act2((r[n] & 0x007f007f) | 0x43004300), shift = ph_bits_act2((r[n] & 0x00800080) ^ 0xc380c380);
+    const act2_t small = ph_bits_act2((r[n] & 0x007f007f) | 0x43004300);
+    const act2_t shift = ph_bits_act2((r[n] & 0x00800080) ^ 0xc380c380);
     r[n] = ph_act2_bits(__hadd2(small, shift));
   }
   first = r[0], second = r[1];

@@ -1,10 +1,10 @@
 // out = x W^T for row-major weights of the activation type and up to 32 tokens: bound by reading W once.
 //
-// ph_dense_one: one token. A warp walks two rows at once; PH_SLICES warps share a row pair's columns where there are too few
-// rows to fill the GPU. Products and sums in float32.
+// ph_dense_one: one token. A warp walks two rows at once; PH_SLICES warps share the columns of a pair where there are
+// too few rows to fill the GPU. Products and sums in float32.
 //
-// ph_dense_few: PH_TOKEN_TILES columns of 8 tokens, 16 rows to a CTA, through the tensor core. As in formats.cuh a lane's
-// columns of a group of 32 are 8*t..8*t+7, so that 16 bytes of a row are the fragments of two steps.
+// ph_dense_few: PH_TOKEN_TILES columns of 8 tokens, 16 rows to a block, through the tensor core. As in formats.cuh a
+// lane's columns of a group of 32 are 8*t..8*t+7, so that 16 bytes of a row are the fragments of two steps.
 //
 // PH_SCALAR: the number of columns is not a multiple of 8, and nothing is aligned.
 

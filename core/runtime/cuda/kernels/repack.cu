@@ -122,7 +122,8 @@ __device__ void write_scales(const RawRow (&row)[2], u8* unit, int lane) {
 }  // namespace
 
 // raw: `rows` rows of blocks. tiles: those of these rows, tile_bytes apart. Grid: (tiles, units / 4), 128 threads.
-extern "C" __global__ void __launch_bounds__(128) ph_repack(const u8* raw, u8* tiles, int rows, int cols, i64 tile_bytes) {
+extern "C" __global__ void __launch_bounds__(128)
+    ph_repack(const u8* raw, u8* tiles, int rows, int cols, i64 tile_bytes) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int index = blockIdx.y * (blockDim.x >> 5) + (threadIdx.x >> 5), units = ph_div_up(cols, 256);
   if (index >= units) return;
