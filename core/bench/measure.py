@@ -53,10 +53,8 @@ class Result:
         """Work per second of the median repetition."""
         return self.work / statistics.median(self.seconds)
 
-    def share(self, limits: Limits | None) -> float | None:
-        """What part of the machine's limit that is; None where the limit is not known."""
-        if limits is None:
-            return None
+    def share(self, limits: Limits) -> float:
+        """What part of the machine's limit that is."""
         return self.reached / (limits.read_bytes if self.case.kind == "tg" else limits.flops)
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.option(
     "--shape", metavar="NAME[:QUANT]", help="Random weights of a known shape instead of a file; ? lists them."
 )
+@click.option("--quant", metavar="Q[,Q]", help="With --shape: the quantisations to measure, one after the other.")
 @click.option("-p", "--prompt-tokens", default=512, show_default=True, help="Prompt tokens of the pp test; 0: none.")
 @click.option("-n", "--gen-tokens", default=128, show_default=True, help="Generated tokens of the tg test; 0: none.")
 @click.option("-d", "--depth", default=0, show_default=True, help="Tokens of context before each test.")
@@ -37,6 +38,7 @@ def command(
     console: Console,
     source: str | None,
     shape: str | None,
+    quant: str | None,
     prompt_tokens: int,
     gen_tokens: int,
     depth: int,
@@ -60,25 +62,32 @@ def command(
         return
     if (source is None) == (shape is None):
         raise click.UsageError("give a CONFIG or MODEL, or --shape NAME[:QUANT], not both")
+    if quant is not None and (shape is None or ":" in shape):
+        raise click.UsageError("--quant goes with --shape NAME, where NAME does not name one itself")
+    shapes = [shape] if quant is None else [f"{shape}:{part.strip()}" for part in quant.split(",")]
     tests = cases(prompt_tokens, gen_tokens, depth, _numbers(batch))
     if repetitions < 1:
         raise click.BadParameter("must be at least 1", param_hint="-r")
     # A shape needs no model, yet its other settings are checked like those of one.
     loaded = load_settings(console, source if source is not None else "shape.gguf", overrides)
-    with ExitStack() as stack:
-        with console.loading() as progress:
-            if shape is not None:
-                subject = open_shape(stack, loaded.config, shape, tests, progress)
-            else:
-                subject = open_model(stack, loaded.config, tests, progress)
-        with console.counting("polyhead: measuring") as tick:
-            report = measure(subject.runtime, tests, repeats=repetitions, tick=tick)
+    limits: Limits | None = None
+    found = []
+    for name in shapes:
+        with ExitStack() as stack:
+            with console.loading() as progress:
+                if name is not None:
+                    subject = open_shape(stack, loaded.config, name, tests, progress)
+                else:
+                    subject = open_model(stack, loaded.config, tests, progress)
+            with console.counting("polyhead: measuring") as tick:
+                report = measure(subject.runtime, tests, repeats=repetitions, tick=tick)
         # Afterwards, so that its arrays do not count as the model's peak memory.
-        outcome = _Outcome(subject, report, measure_limits(subject.device))
+        limits = limits or measure_limits(subject.device)
+        found.append(_Outcome(subject, report, limits))
+        if output == "md":
+            console.result(found[-1].as_markdown() + ("\n" if name != shapes[-1] else ""))
     if output == "json":
-        console.json(outcome.as_dict())
-    else:
-        console.result(outcome.as_markdown())
+        console.json([outcome.as_dict() for outcome in found] if quant is not None else found[0].as_dict())
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class _Outcome:
 
     subject: Subject
     report: Report
-    limits: Limits | None
+    limits: Limits
 
     def as_dict(self) -> dict[str, Any]:
         subject = self.subject
@@ -102,7 +111,7 @@ class _Outcome:
             "peak_bytes": self.report.peak_bytes,
             "weight_bytes_per_step": round(self.report.weight_bytes_per_step),
             "kv_bytes_per_token": self.subject.runtime.plan.kv_bytes_per_token,
-            "limits": None if self.limits is None else asdict(self.limits),
+            "limits": asdict(self.limits),
             "tests": [self._test(result) for result in self.report.results],
         }
 
@@ -128,11 +137,10 @@ class _Outcome:
             f"- read per decode step: {self.report.weight_bytes_per_step / 1e6:,.1f} MB of weights, and "
             f"{self.subject.runtime.plan.kv_bytes_per_token:,} bytes of KV cache per token of context",
         ]
-        if self.limits is not None:
-            lines.append(
-                f"- limits of this machine: {self.limits.read_bytes / 1e9:.1f} GB/s read, "
-                f"{self.limits.flops / 1e9:,.0f} GFLOP/s {self.limits.dtype} ({self.limits.remark})"
-            )
+        lines.append(
+            f"- limits of this machine: {self.limits.read_bytes / 1e9:.1f} GB/s read, "
+            f"{self.limits.flops / 1e9:,.0f} GFLOP/s {self.limits.dtype} ({self.limits.remark})"
+        )
         rows = [("test", "tok/s", "±", "reached", "of the limit"), ("---", "---:", "---:", "---:", "---:")]
         rows += [self._row(result) for result in self.report.results]
         wide = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -141,13 +149,12 @@ class _Outcome:
 
     def _row(self, result: Result) -> tuple[str, str, str, str, str]:
         unit = "GB/s" if result.case.kind == "tg" else "GFLOP/s"
-        share = result.share(self.limits)
         return (
             result.case.label,
             f"{result.rate:,.2f}",
             f"{result.spread:,.2f}",
             f"{result.reached / 1e9:,.1f} {unit}",
-            "unknown" if share is None else f"{100 * share:.0f} %",
+            f"{100 * result.share(self.limits):.0f} %",
         )
 
 

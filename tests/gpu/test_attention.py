@@ -364,22 +364,3 @@ def test_what_does_not_go_together_is_named(ctx: Context, put: Put, poisoned: Pu
         op.attend_decode(
             *common, poisoned((1, 128), "f16"), d["lens"], d["tables"], batch.spec, poisoned(0, "u8"), counters
         )
-
-
-def test_scratch_suffices_for_every_batch_and_context() -> None:
-    for case in CASES:
-        spec = case.spec()
-        room = op.scratch_bytes(spec, 48, 132)
-        for rows in range(1, 49):
-            for bound in (1, 64, 65, 100, 1000, 5000, 33000, 131072):
-                tokens = op.choose_split(spec, rows, bound, 132)
-                assert op.partial_bytes(spec, rows, bound, tokens) <= room
-                assert op.count_splits(spec, bound, tokens) <= op.MAX_SPLITS
-
-
-def test_prefill_work_covers_every_row_once() -> None:
-    starts, lens = np.array([0, 1, 65, 65, 200], np.int32), np.array([9, 64, 5, 400], np.int32)
-    work = op.prefill_work(starts, lens)
-    rows = sorted(row for s, first in work for row in range(first, min(first + op.TILE, starts[s + 1])))
-    assert rows == list(range(200))
-    assert work[0].tolist() == [3, 193]
