@@ -150,6 +150,20 @@ def test_many_sequences_at_once_equal_the_cpu_runtime_s_greedy_tokens(name, open
                 break
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2-tied", "mistral-window", "llama-q4_k", "gpt2-q8_0"])
+def test_deterministic_results_are_bit_equal_alone_in_a_batch_and_chunked(name, open_tiny):
+    params = SamplingParams(max_tokens=9, temperature=1.0, seed=5, logprobs=2, ignore_eos=True)
+    ids, others = IDS * 3, [[1, 2, 3], IDS[4:], IDS[:2] * 7]
+    with (
+        open_tiny(name, deterministic=True, max_tokens_per_step=64) as whole,
+        open_tiny(name, deterministic=True, max_tokens_per_step=3) as chunked,
+    ):
+        alone = whole.generate([ids], params)[0]
+        assert whole.generate([*others, ids], params)[-1] == alone
+        assert chunked.generate([ids], params)[0] == alone
+        assert chunked.generate([others[0], ids, others[1]], params)[1] == alone
+
+
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2-tied"])
 def test_graphs_equal_launches_one_by_one(name, parts):
     decoder, weights = parts(name)

@@ -38,11 +38,20 @@ class Inputs:
     """Room for the largest step a plan allows. ``load`` fills it; the copies run in stream order."""
 
     def __init__(
-        self, ctx: Context, pool: Pool, max_tokens: int, max_batch: int, max_rows: int, max_blocks: int
+        self,
+        ctx: Context,
+        pool: Pool,
+        max_tokens: int,
+        max_batch: int,
+        max_rows: int,
+        max_blocks: int,
+        *,
+        tile_decodes: bool,
     ) -> None:
+        """``tile_decodes``: steps of decodes list tiles too, for the attention of prefill to serve them."""
         self._ctx = ctx
+        self._tile_decodes = tile_decodes
         self._views: dict[tuple[int, int, int, int, int, bool], View] = {}
-        self._max_blocks = max_blocks
         tiles = max_tokens // TILE + max_batch + 1
         sizes = {
             "tokens": max_tokens,
@@ -81,7 +90,8 @@ class Inputs:
         self._put("query_start", starts, padded + 1, 0)
         self._put("context_lens", batch.context_lens, padded, 1)
         self._put("logit_rows", np.arange(rows, dtype=np.int32) if decode else batch.logit_rows, rows, 0)
-        tiles = np.zeros((0, 2), np.int32) if decode else prefill_work(batch.query_start, batch.context_lens)
+        lens = np.concatenate([batch.context_lens, np.ones(padded - sequences, np.int32)])
+        tiles = np.zeros((0, 2), np.int32) if decode and not self._tile_decodes else prefill_work(starts, lens)
         self._put("tiles", tiles.reshape(-1), tiles.size, 0)
         table = self._host_tables[: padded * width].reshape(padded, width)
         table[...] = spare_block

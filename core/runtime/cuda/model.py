@@ -63,6 +63,7 @@ class CudaModel:
             types = lambda name: source.tensors[name].type  # noqa: E731
             self.plan = plan_program(self.program, types, options, str(device), device.total, device.free(), device.sms)
             self._act = activation_dtype(options)
+            self._deterministic = options.deterministic
             self._weights_pool, self._kv_pool, self._work_pool = (
                 Pool(device, name) for name in ("weights", "KV cache", "workspace")
             )
@@ -148,7 +149,15 @@ class CudaModel:
             self._k.append(self._kv_pool.array(shape, self._act, zero=True))
             self._v.append(self._kv_pool.array(shape, self._act, zero=True))
         table = _width(-(-plan.context // plan.block_size))
-        self._inputs = Inputs(self._ctx, pool, plan.max_tokens, plan.max_batch, plan.max_logit_rows, table)
+        self._inputs = Inputs(
+            self._ctx,
+            pool,
+            plan.max_tokens,
+            plan.max_batch,
+            plan.max_logit_rows,
+            table,
+            tile_decodes=self._deterministic,
+        )
 
     def _rope_tables(self) -> dict[Rope, rope.Turn]:
         device = self._ctx.device
@@ -232,6 +241,7 @@ class CudaModel:
                 bias=part.bias,
                 accumulate=step.accumulate,
                 scale=step.scale,
+                invariant=self._deterministic,
             )
 
     def _store_kv(self, step: StoreKV, run: _Run) -> None:
@@ -254,7 +264,7 @@ class CudaModel:
         view, spec = run.view, step.attention
         arrays = (run[step.qkv], self._k[step.layer], self._v[step.layer], run[step.dst])
         lens, blocks = view.context_lens, view.block_tables
-        if view.decode:
+        if view.decode and not self._deterministic:  # the split over blocks depends on the batch
             attention.attend_decode(self._ctx, *arrays, lens, blocks, spec, self._scratch, self._counters)
         else:
             attention.attend_prefill(self._ctx, *arrays, view.query_start, lens, blocks, view.tiles, spec)

@@ -115,6 +115,10 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 #pragma unroll
   for (int h = 0; h < 2; ++h) row[h] = weights + (i64)min(first + g + 8 * h, rows - 1) * cols;
 
+  const act_t* token[TILES];  // columns beyond the tokens repeat the last one and are not stored
+#pragma unroll
+  for (int n = 0; n < TILES; ++n) token[n] = x + (i64)min(8 * n + g, tokens - 1) * cols;
+
   float acc[TILES][4] = {};
   for (int k = 32 * AHEAD * warp; k < cols; k += 32 * AHEAD * warps) {
     uint4 w[AHEAD][2];
@@ -127,8 +131,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
       const u32 a[2][4] = {{w[i][0].x, w[i][1].x, w[i][0].y, w[i][1].y}, {w[i][0].z, w[i][1].z, w[i][0].w, w[i][1].w}};
 #pragma unroll
       for (int n = 0; n < TILES; ++n) {
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (8 * n + g < tokens) v = load8(x + (i64)(8 * n + g) * cols, k + 32 * i + 8 * t, cols);
+        const uint4 v = load8(token[n], k + 32 * i + 8 * t, cols);
         const u32 b[2][2] = {{v.x, v.y}, {v.z, v.w}};
         ph_mma(acc[n], a[0], b[0]);
         ph_mma(acc[n], a[1], b[1]);

@@ -23,14 +23,16 @@ def linear(
     bias: Array | None = None,
     accumulate: bool = False,
     scale: float = 1.0,
+    invariant: bool = False,
 ) -> None:
     """out[:, column:column + N] = scale · (x wᵀ + bias), added to what is there if ``accumulate``.
 
     ``x`` [M, K] in the activations' dtype; ``out`` [M, ≥ column + N] in that or, to accumulate, float32; ``scratch``
-    holds unpacked weights where M is large. Raises DeviceError naming the shapes.
+    holds unpacked weights where M is large. ``invariant``: a row's result is bit-equal whatever rows stand beside it,
+    which is slow for many. Raises DeviceError naming the shapes.
     """
-    if x.shape[0] <= MOST_ROWS:
-        linear_few(ctx, x, w, out, column, bias=bias, accumulate=accumulate, scale=scale)
+    if x.shape[0] <= MOST_ROWS or invariant:
+        linear_few(ctx, x, w, out, column, bias=bias, accumulate=accumulate, scale=scale, invariant=invariant)
         return
     if isinstance(w, DenseMatrix):
         blas.matmul(x, w.data, out, accumulate=accumulate, column=column, scale=scale)
