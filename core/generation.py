@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from .engine import BlockManager, FinishReason, Request, SamplingParams, ScheduledStep, Scheduler, StopMatcher
 from .errors import PolyheadError, RequestError
-from .runtime.contract import Batch, LoadedModel, SampledToken, SamplingRow
+from .lookahead import Ahead, can_foresee, row_of, to_batch
+from .runtime.contract import Batch, LoadedModel, SampledToken
 
 if TYPE_CHECKING:
     from .tokenizer import StreamDecoder, Tokenizer
@@ -93,6 +94,7 @@ class Generation:
         rows = min(plan.max_batch, plan.max_logit_rows)
         self._scheduler = Scheduler(self._blocks, plan.max_tokens, rows, plan.context)
         self._streams: dict[str, _Stream] = {}
+        self._ahead: Ahead | None = None
         self._ids = itertools.count()
 
     def add(self, prompt_ids: Sequence[int], params: SamplingParams) -> str:
@@ -136,10 +138,9 @@ class Generation:
         """Runs one step of whatever is scheduled. If the model fails, every request in flight ends with its error."""
         step = self._scheduler.schedule()
         try:
-            sampled = (
-                self.model.step(to_batch(step), [_row(request) for request in step.sampled]) if step.chunks else []
-            )
+            sampled = self._run(step) if step.chunks else []
         except PolyheadError as error:
+            self._ahead = None
             self._fail(step, error)
             return
         self._scheduler.postprocess(step, [token.id for token in sampled])
@@ -194,38 +195,18 @@ class Generation:
         """Recounts blocks and queues; raises RuntimeError where they disagree."""
         self._scheduler.check_integrity()
 
+    def _run(self, step: ScheduledStep) -> list[SampledToken]:
+        """The tokens of a step. Where the next one can be foreseen it is handed over first: no device waits for us."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.is_(step):
+            pending = ahead.pending
+        else:
+            pending = self.model.submit(to_batch(step), [row_of(request) for request in step.sampled])
+        if self.model.runs_ahead and can_foresee(step, self._blocks.block_size, self.model.plan.context):
+            self._ahead = Ahead.submit(self.model, step, pending)
+        return pending.result()
+
     def _fail(self, step: ScheduledStep, error: PolyheadError) -> None:
         for chunk in step.chunks:
             chunk.request.error = error
             self._scheduler.finish(chunk.request.id, "error")
-
-
-def to_batch(step: ScheduledStep) -> Batch:
-    """A scheduled step as the arrays a runtime takes."""
-    return Batch(
-        tokens=np.array(step.tokens, np.int32),
-        positions=np.array(step.positions, np.int32),
-        query_start=np.array(step.query_start, np.int32),
-        context_lens=np.array(step.context_lens, np.int32),
-        block_tables=np.array(step.block_tables, np.int32),
-        logit_rows=np.array(step.logit_rows, np.int32),
-    )
-
-
-def _row(request: Request) -> SamplingRow:
-    params = request.params
-    return SamplingRow(
-        seed=request.seed,
-        position=request.num_tokens,
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        repetition=params.repetition_penalty,
-        presence=params.presence_penalty,
-        frequency=params.frequency_penalty,
-        logit_bias=request.logit_bias,
-        prompt_ids=request.prompt_ids,
-        output_ids=request.output_ids,
-        logprobs=params.logprobs,
-    )

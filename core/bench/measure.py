@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..engine import BlockManager
 from ..errors import CapacityError, RequestError
-from ..runtime.contract import Batch, LoadedModel, SamplingRow
+from ..runtime.contract import Batch, LoadedModel, Pending, SamplingRow
 from .cases import Case
 from .machine import Limits
 from .work import flops, read_bytes, weight_bytes_per_step
@@ -170,11 +170,15 @@ class _Bench:
             self.model.step(batch, [SamplingRow(seed=1, position=last) for _ in ends])
 
     def _decode(self, steps: int) -> None:
-        """Generates greedily from the depth on: every token is the one that was sampled before."""
+        """Generates greedily from the depth on: every token is the one that was sampled before.
+
+        As a generation does, the next step is handed over before the tokens of the last are read.
+        """
         size = self.case.batch
-        tokens = self.ids[:, self.case.depth].copy()
         rows = np.arange(size, dtype=np.int32)
         starts = np.arange(size + 1, dtype=np.int32)
+        tokens = self.ids[:, self.case.depth].copy()
+        under_way: Pending | None = None
         for position in range(self.case.depth, self.case.depth + steps):
             batch = Batch(
                 tokens=tokens,
@@ -184,8 +188,13 @@ class _Bench:
                 block_tables=self.tables,
                 logit_rows=rows,
             )
-            sampled = self.model.step(batch, [SamplingRow(seed=1, position=position + 1) for _ in rows])
-            tokens = np.array([token.id for token in sampled], np.int32)
+            sampling = [SamplingRow(seed=1, position=position + 1) for _ in rows]
+            following = self.model.submit(batch, sampling, after=under_way)
+            if under_way is not None:
+                under_way.result()
+            under_way = following
+        if under_way is not None:
+            under_way.result()
 
 
 def _packed(sequences: int, first: int, last: int, most: int) -> Iterator[list[tuple[int, int, int]]]:

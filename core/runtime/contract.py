@@ -66,6 +66,14 @@ class SampledToken:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class Pending(Protocol):
+    """A step that was handed to a device and may still be under way."""
+
+    def result(self) -> list[SampledToken]:
+        """Waits for it and returns a token for each of its rows. Raises what :meth:`LoadedModel.step` raises."""
+        ...
+
+
 class WeightInfo(Protocol):
     """What a file says of one tensor; ``shape`` is in NumPy order, ``type`` a GGML name such as Q4_K."""
 
@@ -120,6 +128,8 @@ class LoadedModel(Protocol):
 
     decoder: Decoder
     plan: MemoryPlan
+    #: Whether a step may be handed over while the one before is under way, so that the device never waits for the host.
+    runs_ahead: bool
 
     def logits(self, batch: Batch) -> NDArray[np.float32]:
         """Runs a step and returns float32 [M, vocab], after soft cap and scale. The KV of all N tokens is cached."""
@@ -127,6 +137,14 @@ class LoadedModel(Protocol):
 
     def step(self, batch: Batch, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         """Runs a step and samples one token for each of ``batch.logit_rows`` (as many ``rows``)."""
+        ...
+
+    def submit(self, batch: Batch, rows: Sequence[SamplingRow], after: Pending | None = None) -> Pending:
+        """As :meth:`step`, without waiting. At most one other step may be under way.
+
+        ``after``: the step under way, of as many sequences; row i's token is the one that step samples for its row i,
+        whatever ``batch.tokens`` says. Rows may then have no penalties, which need to know that token.
+        """
         ...
 
     def close(self) -> None:

@@ -136,13 +136,31 @@ def test_ties_go_to_the_lowest_ids_across_chunks(run) -> None:
         assert [token.id for token in run(logits, rows)] == expected, kwargs
 
 
-def test_the_uniform_numbers_are_those_of_philox(run) -> None:
-    """All weights equal, so the token is floor(u * vocab): the upper 16 bits of the draw."""
-    logits = np.zeros((256, 65_536), np.float32)
+def test_the_draw_is_exact_to_the_last_bits_of_philox(run) -> None:
+    """Two tokens whose boundary lies 1e-11 below or above the draw, which takes biases in float64."""
     rng = np.random.default_rng(8)
-    seeds = [0, 2**64 - 1, *(int(seed) for seed in rng.integers(0, 2**64, 254, np.uint64))]
-    rows = [SamplingRow(seed, int(rng.integers(0, 2**31)), 1.0) for seed in seeds]
-    assert [token.id for token in run(logits, rows)] == [int(uniform(row.seed, row.position) * 65_536) for row in rows]
+    rows, expected = [], []
+    for seed in (0, 2**64 - 1, *(int(seed) for seed in rng.integers(0, 2**64, 100, np.uint64))):
+        position = int(rng.integers(0, 2**31))
+        u = uniform(seed, position)
+        if 0.05 < u < 0.95:
+            for token, share in ((0, u + 1e-11), (1, u - 1e-11)):
+                rows.append(SamplingRow(seed, position, 1.0, logit_bias={1: math.log((1.0 - share) / share)}))
+                expected.append(token)
+    assert [token.id for token in run(np.zeros((len(rows), 2), np.float32), rows)] == expected
+
+
+def test_top_p_refers_to_what_top_k_left_and_to_what_min_p_will_drop(run) -> None:
+    logits = np.log(np.array([0.36, 0.27, 0.18, 0.09, 0.1], np.float32))
+    logits = np.tile(logits[[0, 1, 2, 4, 3]], (60, 1))
+    for kwargs, kept in (
+        ({"top_k": 2, "top_p": 0.55}, {0}),
+        ({"top_p": 0.55}, {0, 1}),
+        ({"top_k": 4, "top_p": 0.5, "min_p": 0.6}, {0, 1}),
+        ({"top_k": 4, "top_p": 0.9, "min_p": 0.4}, {0, 1, 2}),
+    ):
+        rows = [SamplingRow(seed=3, position=at, temperature=1.0, **kwargs) for at in range(60)]
+        assert {token.id for token in run(logits, rows)} == kept, kwargs
 
 
 @pytest.mark.parametrize("filters", [{"top_p": 0.7}, {"top_k": 9_000}, {"top_k": 14_000, "top_p": 0.4, "min_p": 0.01}])

@@ -8,7 +8,7 @@ import pytest
 import tolerance
 from polyhead import LLM, SamplingParams
 from polyhead.engine import BlockManager, Request, Scheduler
-from polyhead.generation import to_batch
+from polyhead.lookahead import to_batch
 
 NAMES = golden.names()
 

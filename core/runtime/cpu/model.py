@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from threadpoolctl import ThreadpoolController
 from ...arch import Decoder, Module, Norm, Rope
 from ...errors import DeviceError, PluginError, RequestError
 from ..batch_checks import check_batch
-from ..contract import Batch, RuntimeOptions, SampledToken, SamplingRow, WeightSource
+from ..contract import Batch, Pending, RuntimeOptions, SampledToken, SamplingRow, WeightSource
 from ..modules import CpuModule, ModuleKind
 from ..program import (
     Activate,
@@ -47,6 +48,8 @@ class CpuModel:
     Raises CapacityError before anything is allocated if the plan does not fit, PluginError if a module of a plugin has
     no implementation here.
     """
+
+    runs_ahead = False
 
     def __init__(
         self,
@@ -93,6 +96,13 @@ class CpuModel:
             raise RequestError(f"{len(rows)} sampling rows for {len(batch.logit_rows)} rows of logits")
         logits = self._run(batch, None)
         return sample(logits, rows) if rows else []
+
+    def submit(self, batch: Batch, rows: Sequence[SamplingRow], after: Pending | None = None) -> Pending:
+        """Runs the step at once; there is nothing to run ahead of."""
+        if after is not None:
+            tokens = [token.id for token in after.result()]
+            batch = replace(batch, tokens=np.array(tokens, np.int32))
+        return _Done(self.step(batch, rows))
 
     def trace(self, batch: Batch) -> dict[str, F32]:
         """Runs a step and returns a copy of what each step of the program left in its destination, by step name."""
@@ -241,6 +251,16 @@ class CpuModel:
             dst *= np.float32(1.0 / step.softcap)
             np.tanh(dst, out=dst)
             dst *= np.float32(step.softcap)
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A step that ran when it was submitted."""
+
+    tokens: list[SampledToken]
+
+    def result(self) -> list[SampledToken]:
+        return self.tokens
 
 
 class _Run:

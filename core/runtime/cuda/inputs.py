@@ -69,15 +69,19 @@ class Inputs:
             end += -(-size // 64) * 64
         self._small = pool.array(end, "i32", zero=True)
         self._tables = pool.array(max_batch * max_blocks, "i32", zero=True)
-        self._host_buffer = HostBuffer(ctx.device, 4 * end)
-        self._tables_buffer = HostBuffer(ctx.device, 4 * max_batch * max_blocks)
-        self._host = self._host_buffer.array(np.int32, end)
-        self._host_tables = self._tables_buffer.array(np.int32, max_batch * max_blocks)
+        # Two of each: the copies of the step before may still be under way.
+        self._ring = [
+            tuple(HostBuffer(ctx.device, 4 * size).array(np.int32, size) for size in (end, max_batch * max_blocks))
+            for _ in range(2)
+        ]
+        self._host, self._host_tables = self._ring[0]
 
     def load(self, batch: Batch, decode: bool, bucket: int, width: int, spare_block: int) -> View:
         """Uploads a batch. A step that is all ``decode`` is filled up to ``bucket`` sequences with ones that write to
         ``spare_block``; ``width`` is the number of blocks per table row.
         """
+        self._ring.reverse()
+        self._host, self._host_tables = self._ring[0]
         count, sequences = len(batch.tokens), len(batch.context_lens)
         padded = bucket if decode else sequences
         rows = padded if decode else len(batch.logit_rows)

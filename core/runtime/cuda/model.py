@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +12,7 @@ from numpy.typing import NDArray
 from ...arch import Decoder, LayerNorm, Norm, Rope
 from ...errors import DeviceError, RequestError
 from ..batch_checks import check_batch
-from ..contract import Batch, RuntimeOptions, SampledToken, SamplingRow, WeightSource
+from ..contract import Batch, Pending, RuntimeOptions, SampledToken, SamplingRow, WeightSource
 from ..program import (
     Activate,
     Add,
@@ -27,6 +29,7 @@ from ..program import (
 from ..rope import tables
 from .blas import Blas
 from .context import Context
+from .driver import translated
 from .graph import Graph
 from .inputs import Inputs, View
 from .memory import Array, Pool
@@ -45,6 +48,8 @@ class CudaModel:
     Raises DeviceError for a GPU that is absent or too old, PluginError for a module without CUDA code, CapacityError,
     before anything is allocated, if the plan does not fit.
     """
+
+    runs_ahead = True
 
     def __init__(
         self,
@@ -71,8 +76,8 @@ class CudaModel:
             self._ropes = self._rope_tables()
             self._allocate(types, options)
             self._blas = Blas(ctx, BLAS_WORKSPACE)
-            rows_, seen = self.plan.max_logit_rows, most_seen(self.plan.max_batch, decoder.vocab, self.plan.context)
-            self._sampler = Sampler(ctx, self._work_pool, rows_, decoder.vocab, seen)
+            count, seen = self.plan.max_logit_rows, most_seen(self.plan.max_batch, decoder.vocab, self.plan.context)
+            self._samplers = [Sampler(ctx, self._work_pool, count, decoder.vocab, seen) for _ in range(2)]
             device.synchronize()
         except BaseException:
             ctx.close()
@@ -99,13 +104,19 @@ class CudaModel:
 
     def step(self, batch: Batch, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         """Runs a step and samples a token for each of ``batch.logit_rows``."""
+        return self.submit(batch, rows).result()
+
+    def submit(self, batch: Batch, rows: Sequence[SamplingRow], after: Pending | None = None) -> Pending:
+        """Enqueues a step and its sampling without waiting; the tokens of ``after`` never leave the device."""
         if len(rows) != len(batch.logit_rows):
             raise RequestError(f"{len(rows)} sampling rows for {len(batch.logit_rows)} rows of logits")
-        view = self._forward(batch)
-        if not rows:
-            self._ctx.device.synchronize()
-            return []
-        return self._sampler.sample(self._logits(view).slice_rows(0, len(rows)), rows)
+        self._samplers.reverse()  # the other one's page-locked memory is the step before's
+        sampler = self._samplers[0]
+        view = self._forward(batch, after)
+        if rows:
+            logits = self._logits(view).slice_rows(0, len(rows))
+            sampler.launch(logits, sampler.prepare(rows))
+        return _Submitted(self._ctx, sampler, tuple(rows), self._ctx.device.stream.record())
 
     def trace(self, batch: Batch) -> dict[str, NDArray[np.float32]]:
         """Runs a step without a graph and returns what each step of the program left in its destination."""
@@ -180,11 +191,16 @@ class CudaModel:
         decode = np.array_equal(batch.logit_rows, np.arange(sequences)) and len(batch.tokens) == sequences
         return self._inputs.load(batch, decode, bucket, width, plan.num_blocks)
 
-    def _forward(self, batch: Batch) -> View:
+    def _forward(self, batch: Batch, after: Pending | None = None) -> View:
         if self._ctx.device.closed:
             raise DeviceError("the model is closed")
         check_batch(batch, self.plan, self.decoder.vocab)
         view = self._load(batch)
+        if isinstance(after, _Submitted):
+            if len(after.rows) != len(batch.tokens):
+                raise RequestError(f"{len(batch.tokens)} sequences cannot follow {len(after.rows)}")
+            count = len(after.rows)
+            self._ctx.device.copy(after.sampler.tokens.slice_rows(0, count), view.tokens.slice_rows(0, count))
         key = (view.sequences_count, view.block_tables.shape[1])
         if not view.decode:
             self._run(view)
@@ -280,6 +296,21 @@ class CudaModel:
 
     def _finish(self, step: Finish, run: _Run) -> None:
         rows.finish(self._ctx, run[step.dst], step.scale, step.softcap)
+
+
+@dataclass(frozen=True, slots=True)
+class _Submitted:
+    """A step on the device's stream; ``done`` is the event after it."""
+
+    ctx: Context
+    sampler: Sampler
+    rows: tuple[SamplingRow, ...]
+    done: Any
+
+    def result(self) -> list[SampledToken]:
+        with translated(f"waiting for a step on {self.ctx.device}; launched last: {self.ctx.device.last_launch}"):
+            self.done.sync()
+        return self.sampler.collect(self.rows, waited=True) if self.rows else []
 
 
 class _Run:

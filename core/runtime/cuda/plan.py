@@ -86,8 +86,9 @@ def plan_program(
     workspace = program.workspace(options.max_tokens, rows, narrow_bytes=2).size + scratch_bytes(
         program, types, options, sms
     )
-    workspace += rows * (ROW.itemsize + 4 * TOPS + 16) + sampling_scratch(rows, decoder.vocab)
-    workspace += 8 * most_seen(rows, decoder.vocab, context) + 12 * BIASES * rows
+    sampler = rows * (ROW.itemsize + 4 * TOPS + 16) + sampling_scratch(rows, decoder.vocab)
+    sampler += 8 * most_seen(rows, decoder.vocab, context) + 12 * BIASES * rows
+    workspace += 2 * sampler  # one for the step under way, one for the next
     tables = 4 * rows * (-(-context // options.block_size) * 2)
     spare_block = options.block_size * decoder.kv_values_per_token() * 2
     return plan_memory(

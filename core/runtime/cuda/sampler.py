@@ -154,12 +154,13 @@ class Sampler:
         if needs.logprobs:
             device.copy_out(self._arrays.tops.slice_rows(0, count), self._tops[:count])
 
-    def collect(self, rows: Sequence[SamplingRow]) -> list[SampledToken]:
-        """Waits for the launch and returns the tokens of its rows.
+    def collect(self, rows: Sequence[SamplingRow], *, waited: bool = False) -> list[SampledToken]:
+        """Waits for the launch, unless the caller has ``waited`` for it, and returns the tokens of its rows.
 
         Raises DeviceError for a row with NaN, +inf or nothing but -inf, RequestError if a bias bans every token.
         """
-        self._ctx.device.synchronize()
+        if not waited:
+            self._ctx.device.synchronize()
         ids, statuses = self._results[: len(rows)].T.tolist()
         if any(statuses):
             _raise_status(statuses, rows)

@@ -53,7 +53,6 @@ PH_SAMPLE_KERNEL(sample_max) {
   row->peak = peak.best;
   row->scale = range > 1e-290 ? BINS / range : 0.0;  // buckets divide what has weight evenly
   row->pending = 0;
-  row->listed = 0;
   row->cut = -infinity();
   row->cut_id = ALL;
   if (status || p.cooling == 0.0) task.choose(status ? 0 : peak.id, status);
