@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from polyhead.arch import (
-    MLP,
-    Attention,
-    Block,
-    Decoder,
-    Embedding,
-    FusedQKV,
-    LayerNorm,
-    LearnedPositions,
-    Linear,
-    Metadata,
-)
-from polyhead.errors import ConfigError
+from polyhead.arch import MLP, Attention, Block, Decoder, FusedQKV, LearnedPositions, Linear, Metadata
+
+from . import parts
 
 
 class GPT2:
@@ -25,39 +15,22 @@ class GPT2:
     api_version = 1
 
     def decoder(self, meta: Metadata) -> Decoder:
-        meta.require(attention__causal=True)
-        meta.ignore("vocab_size")  # the embedding's rows say it, padding included
-        head = meta.optional("output.weight")
-        return Decoder(
-            hidden=meta.get(int, "embedding_length", minimum=1),
-            vocab=meta.vocab(),
-            context=meta.context(),
-            tokens=Embedding("token_embd.weight"),
-            positions=LearnedPositions("position_embd.weight"),
-            blocks=tuple(self.block(meta, index) for index in range(meta.layers())),
-            final_norm=self._norm(meta, "output_norm"),
-            head=Linear(head) if head else None,
-        )
+        blocks = tuple(self.block(meta, index) for index in range(meta.layers()))
+        return parts.decoder(meta, blocks, LearnedPositions("position_embd.weight"))
 
     def block(self, meta: Metadata, index: int) -> Block:
-        hidden = meta.get(int, "embedding_length", minimum=1)
-        heads = meta.layer(int, "attention.head_count", index, minimum=1)
-        kv_heads = meta.layer(int, "attention.head_count_kv", index, heads)
-        if kv_heads != heads:
-            raise ConfigError(f"gpt2.attention.head_count_kv is {kv_heads}, expected head_count ({heads})")
-        if hidden % heads:
-            raise ConfigError(f"gpt2.embedding_length is {hidden}, which head_count ({heads}) does not divide")
+        heads, head_dim = parts.heads_and_dim(meta, index)
         prefix = f"blk.{index}"
         return Block(
-            attn_norm=self._norm(meta, f"{prefix}.attn_norm"),
+            attn_norm=parts.norm(meta, f"{prefix}.attn_norm"),
             attn=Attention(
                 heads=heads,
                 kv_heads=heads,
-                head_dim=hidden // heads,
+                head_dim=head_dim,
                 qkv=FusedQKV(_linear(f"{prefix}.attn_qkv")),
                 out=_linear(f"{prefix}.attn_output"),
             ),
-            mlp_norm=self._norm(meta, f"{prefix}.ffn_norm"),
+            mlp_norm=parts.norm(meta, f"{prefix}.ffn_norm"),
             mlp=MLP(
                 size=meta.layer(int, "feed_forward_length", index, minimum=1),
                 up=_linear(f"{prefix}.ffn_up"),
@@ -65,10 +38,6 @@ class GPT2:
                 activation="gelu_tanh",
             ),
         )
-
-    @staticmethod
-    def _norm(meta: Metadata, name: str) -> LayerNorm:
-        return LayerNorm(f"{name}.weight", f"{name}.bias", meta.get(float, "attention.layer_norm_epsilon"))
 
 
 def _linear(name: str) -> Linear:

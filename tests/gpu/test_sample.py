@@ -151,8 +151,7 @@ def test_the_draw_is_exact_to_the_last_bits_of_philox(run) -> None:
 
 
 def test_top_p_refers_to_what_top_k_left_and_to_what_min_p_will_drop(run) -> None:
-    logits = np.log(np.array([0.36, 0.27, 0.18, 0.09, 0.1], np.float32))
-    logits = np.tile(logits[[0, 1, 2, 4, 3]], (60, 1))
+    logits = np.tile(np.log(np.array([0.36, 0.27, 0.18, 0.1, 0.09], np.float32)), (60, 1))
     for kwargs, kept in (
         ({"top_k": 2, "top_p": 0.55}, {0}),
         ({"top_p": 0.55}, {0, 1}),
@@ -174,8 +173,7 @@ def test_an_edge_among_thousands_of_nearly_equal_values_is_exact(run, filters) -
 
 
 def test_penalties_follow_a_growing_output_and_survive_a_changing_batch(run, ctx) -> None:
-    rng = np.random.default_rng(11)
-    vocab = 5_000
+    rng, vocab = np.random.default_rng(11), 5_000
     penalties = {"repetition": 1.2, "presence": 0.4, "frequency": 0.3}
     outputs: list[list[int]] = [[] for _ in range(6)]
     prompts = [tuple(rng.integers(0, vocab, 30).tolist()) for _ in range(6)]
@@ -190,13 +188,18 @@ def test_penalties_follow_a_growing_output_and_survive_a_changing_batch(run, ctx
         assert check(logits, rows, run) == 0
         for index, token in zip(live, cpu_sample(logits, rows), strict=True):
             outputs[index].append(token.id)
-        if step == 30:  # the same list, another content
-            outputs[2][:] = [4, 4, 4]
+
+
+def test_another_content_of_the_same_list_is_noticed(run) -> None:
+    output: list[int] = []
+    logits = np.array([[0.0, 2.5, 2.0]], np.float32)
+    for content, token in (([], 1), ([1, 1, 1], 2), ([2, 2, 2, 2], 1), ([1], 2), ([1, 2], 1), ([1, 1, 2], 2)):
+        output[:] = content
+        assert run(logits, [SamplingRow(seed=0, position=0, frequency=1.0, output_ids=output)])[0].id == token
 
 
 def test_a_token_that_the_host_does_not_know_yet_is_counted(ctx, make, put) -> None:
-    rng = np.random.default_rng(2)
-    vocab, steps = 3_000, 12
+    rng, vocab = np.random.default_rng(2), 3_000
     sampler = make(vocab)
     base = {"repetition": 1.1, "presence": 1.0, "frequency": 0.5, "logit_bias": {3: 1.0}}
     rows = [
@@ -205,7 +208,7 @@ def test_a_token_that_the_host_does_not_know_yet_is_counted(ctx, make, put) -> N
         SamplingRow(3, 0, 0.7, top_k=20, top_p=0.8),
     ]
     known: list[list[int]] = [[], [], []]
-    for step in range(steps):
+    for step in range(12):
         logits = rng.standard_normal((3, vocab)).astype(np.float32)
         logits[:, :6] += 5.0
         late = [replace(row, position=step, output_ids=tuple(seen[:-1])) for row, seen in zip(rows, known, strict=True)]
@@ -219,8 +222,7 @@ def test_a_token_that_the_host_does_not_know_yet_is_counted(ctx, make, put) -> N
 
 
 def test_lists_that_run_out_of_room_are_laid_out_anew_and_too_long_ones_are_an_error(make, put) -> None:
-    rng = np.random.default_rng(4)
-    vocab = 1_000
+    rng, vocab = np.random.default_rng(4), 1_000
     sampler = make(vocab, 4, max_seen=400)
     for _ in range(20):  # each round brings other generations; those of the last one must give way
         outputs = [rng.integers(0, vocab, 40).tolist() for _ in range(4)]
@@ -300,5 +302,5 @@ def test_what_cannot_be_is_refused_before_a_launch(make, put, pool) -> None:
     with pytest.raises(DeviceError, match=f"up to {MAX_VOCAB:,} tokens"):
         make(MAX_VOCAB + 1, 1).launch(pool.array((1, MAX_VOCAB + 1), "f32"), Needs(False, 0, False))
     with pytest.raises(DeviceError, match="sample wants rows"):
-        sampler.launch(logits, Needs(False, 0, False))
+        sampler.launch(logits, Needs.of([row], 100))
     assert sampler.sample(logits.slice_rows(0, 0), []) == []
