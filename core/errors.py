@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 
+def told(error: BaseException) -> str:
+    """Type and message of an error that foreign code raised; safe even where its ``__str__`` fails."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return f"{type(error).__name__} (its message cannot be shown)"
+
+
 class PolyheadError(Exception):
-    """Base of all errors a user can act on: the message names the thing, the number, and what would help."""
+    """Base of all errors a user can act on: the message names the thing, the number, and what would help.
+
+    ``row`` is set where only one row of a step's sampling is concerned: the others are sound.
+    """
+
+    row: int | None = None
 
 
 class ConfigError(PolyheadError):

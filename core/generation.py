@@ -20,7 +20,7 @@ from .lookahead import Ahead, can_foresee, row_of, to_batch
 from .runtime.contract import Batch, LoadedModel, SampledToken
 
 if TYPE_CHECKING:
-    from .tokenizer import StreamDecoder, Tokenizer
+    from .tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +52,22 @@ class Delta:
 class _Stream:
     """One request's way from tokens to text, and the deltas nobody has taken yet."""
 
-    def __init__(self, request: Request, decoder: StreamDecoder | None) -> None:
+    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
         self.request = request
-        self.decoder = decoder
+        self.decoder = tokenizer.stream(continues=True) if tokenizer is not None else None
+        self.vocab = tokenizer.vocab_size if tokenizer is not None else 0
         self.stops = StopMatcher(request.params.stops)
         self.deltas: deque[Delta] = deque()
+        self.pushed = 0
 
     def push(self, sampled: SampledToken, ended: bool) -> bool:
         """Adds a token; True when its text completed a stop string."""
+        self.pushed += 1
         text, hit = "", False
         # A token that ends the generation is reported, but is not part of the text.
-        if self.decoder is not None and not (ended and sampled.id in self.request.stop_ids):
+        # Rows that only pad the embedding have none either.
+        silent = sampled.id >= self.vocab or (ended and sampled.id in self.request.stop_ids)
+        if self.decoder is not None and not silent:
             text, hit = self._filter(self.decoder.push(sampled.id))
         if ended and not hit and self.decoder is not None:
             rest, hit = self._filter(self.decoder.flush())
@@ -87,15 +92,18 @@ class Generation:
     """Continuous batching on one loaded model. Requests may be added and aborted between steps. Not thread-safe."""
 
     def __init__(self, model: LoadedModel, tokenizer: Tokenizer | None) -> None:
-        plan = model.plan
         self.model = model
         self._tokenizer = tokenizer
-        self._blocks = BlockManager(plan.num_blocks, plan.block_size)
-        rows = min(plan.max_batch, plan.max_logit_rows)
-        self._scheduler = Scheduler(self._blocks, plan.max_tokens, rows, plan.context)
+        self._begin()
         self._streams: dict[str, _Stream] = {}
         self._ahead: Ahead | None = None
         self._ids = itertools.count()
+
+    def _begin(self) -> None:
+        plan = self.model.plan
+        self._blocks = BlockManager(plan.num_blocks, plan.block_size)
+        rows = min(plan.max_batch, plan.max_logit_rows)
+        self._scheduler = Scheduler(self._blocks, plan.max_tokens, rows, plan.context)
 
     def add(self, prompt_ids: Sequence[int], params: SamplingParams) -> str:
         """Queues a prompt and returns its id. Raises RequestError for one that cannot be run."""
@@ -112,18 +120,34 @@ class Generation:
 
     def queue(self, request: Request) -> None:
         """Queues a prepared request. Raises RequestError for one that does not fit the context."""
-        self._scheduler.add(request)
-        decoder = self._tokenizer.stream(continues=True) if self._tokenizer is not None else None
-        self._streams[request.id] = _Stream(request, decoder)
+        stream = _Stream(request, self._tokenizer)
+        try:
+            self._scheduler.add(request)
+            self._streams[request.id] = stream
+        except PolyheadError:
+            raise
+        except BaseException:
+            self._repair()
+            raise
 
     def abort(self, request_id: str) -> None:
         """Ends a request and forgets it; its blocks are free at once. Unknown ids are ignored."""
-        self._scheduler.abort(request_id)
         self._streams.pop(request_id, None)
+        try:
+            self._scheduler.abort(request_id)
+        except BaseException:
+            self._repair()
+            raise
 
     def take(self, request_id: str) -> Delta | None:
-        """The next delta of a request, or None if it needs another step. Raises the error that ended it, if one did."""
-        stream = self._streams[request_id]
+        """The next delta of a request, or None if it needs another step.
+
+        Raises the error that ended it, if one did, and RequestError for a request that is not there: it has ended, or
+        another thread closed it.
+        """
+        stream = self._streams.get(request_id)
+        if stream is None:
+            raise RequestError(f"{request_id} is not running: it has ended or was closed")
         if stream.deltas:
             delta = stream.deltas.popleft()
             if delta.finish_reason is not None:
@@ -135,7 +159,18 @@ class Generation:
         return None
 
     def step(self) -> None:
-        """Runs one step of whatever is scheduled. If the model fails, every request in flight ends with its error."""
+        """Runs one step of whatever is scheduled. If the model fails, the requests it concerns end with its error.
+
+        An interrupt (Ctrl-C, no memory) passes through and leaves a sound state: a request whose part of the step was
+        lost ends with an error.
+        """
+        try:
+            self._step()
+        except BaseException:
+            self._repair()
+            raise
+
+    def _step(self) -> None:
         step = self._scheduler.schedule()
         try:
             sampled = self._run(step) if step.chunks else []
@@ -146,7 +181,15 @@ class Generation:
         self._scheduler.postprocess(step, [token.id for token in sampled])
         for request, token in zip(step.sampled, sampled, strict=True):
             stream = self._streams.get(request.id)
-            if stream is not None and stream.push(token, request.finished) and not request.finished:
+            if stream is None:
+                continue
+            try:
+                hit = stream.push(token, request.finished)
+            except PolyheadError as error:  # one request's text must not cost the others theirs
+                request.error = error
+                self._scheduler.finish(request.id, "error")
+                continue
+            if hit and not request.finished:
                 self._scheduler.finish(request.id)
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
@@ -207,6 +250,23 @@ class Generation:
         return pending.result()
 
     def _fail(self, step: ScheduledStep, error: PolyheadError) -> None:
-        for chunk in step.chunks:
-            chunk.request.error = error
-            self._scheduler.finish(chunk.request.id, "error")
+        """Ends the request that an error concerns, or all of the step; what is left is planned anew."""
+        concerned = [chunk.request for chunk in step.chunks] if error.row is None else [step.sampled[error.row]]
+        for request in concerned:
+            request.error = error
+            self._scheduler.finish(request.id, "error")
+
+    def _repair(self) -> None:
+        """After an interrupt anywhere: ends what lost a token, and begins anew if the books do not balance."""
+        self._ahead = None
+        lost = PolyheadError("the generation was interrupted")
+        try:
+            for stream in list(self._streams.values()):
+                if stream.request.error is None and stream.pushed != len(stream.request.output_ids):
+                    stream.request.error = lost
+                    self._scheduler.finish(stream.request.id, "error")
+            self._scheduler.check_integrity()
+        except (RuntimeError, ValueError, KeyError):
+            for stream in self._streams.values():
+                stream.request.error = stream.request.error or lost
+            self._begin()

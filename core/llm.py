@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import RLock
 from types import TracebackType
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import devices
 from .config import LoadedConfig, load_config
 from .engine import FinishReason, SamplingParams
-from .errors import PolyheadError, RequestError
+from .errors import PolyheadError, RequestError, TemplateError, TokenizerError
 from .generation import Delta, Generation, TokenLogprob
 from .model import Model
 from .plugins import Registry, discover
@@ -55,7 +57,11 @@ class Stream(Iterator[Delta]):
     def __next__(self) -> Delta:
         if self._request is None:
             raise StopIteration
-        delta = self._llm._next(self._request)
+        try:
+            delta = self._llm._next(self._request)
+        except BaseException:
+            self._request = None
+            raise
         if delta.finish_reason is not None:
             self._request = None
         return delta
@@ -67,7 +73,9 @@ class Stream(Iterator[Delta]):
             self._request = None
 
     def __del__(self) -> None:
-        self.close()
+        # The collector may run this at any point, even while this thread plans a step.
+        if self._request is not None:
+            self._llm._drop(self._request)
 
 
 class LLM:
@@ -102,8 +110,15 @@ class LLM:
             chat_template=config.model.chat_template,
         )
         self._lock = RLock()
+        self._busy = 0
+        self._dropped: deque[str] = deque()
         try:
             self.tokenizer: Tokenizer = self.model.tokenizer
+            if self.tokenizer.vocab_size > self.model.decoder.vocab:
+                raise TokenizerError(
+                    f"the tokenizer has {self.tokenizer.vocab_size:,} tokens, the model's embedding only "
+                    f"{self.model.decoder.vocab:,} rows"
+                )
             self.default_params.validate_for(self.model.decoder.vocab)
             runtime = devices.load(
                 self.device,
@@ -153,8 +168,7 @@ class LLM:
         batch = _as_prompts(prompts)
         each = self._params_for(batch, params)
         ids = [self.encode(prompt) for prompt in batch]
-        with self._lock:
-            generation = self._open()
+        with self._engine() as generation:
             requests = [generation.prepare(prompt, param) for prompt, param in zip(ids, each, strict=True)]
             try:
                 for request in requests:
@@ -169,8 +183,10 @@ class LLM:
 
         Raises as :meth:`generate`, at the call and not at the first iteration.
         """
-        with self._lock:
-            return Stream(self, self._open().add(self.encode(prompt), params or self.default_params))
+        (each,) = self._params_for([prompt], params)
+        ids = self.encode(prompt)
+        with self._engine() as generation:
+            return Stream(self, generation.add(ids, each))
 
     def chat(
         self,
@@ -198,15 +214,50 @@ class LLM:
     def chat_prompt(
         self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[int]:
-        """The token ids that the chat template makes of a conversation. BOS is never doubled."""
+        """The token ids that the chat template makes of a conversation. BOS is never doubled.
+
+        Strings of control tokens count as such wherever they stand, as in other engines: check or strip what users
+        typed if it must not be able to end its own turn.
+        """
         text = self.model.chat_template.render(messages, tools=tools)
         self._check_length(text)
-        return self.tokenizer.encode(text, special=True)
+        ids = self.tokenizer.encode(text, special=True)
+        if not ids:
+            raise TemplateError("the chat template makes an empty text of this conversation")
+        return ids
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Teacher-forced logits, float32 [n, vocab]: row i follows token i. For tests and evaluation."""
+        with self._engine() as generation:
+            return generation.logits(token_ids)
+
+    @contextmanager
+    def _engine(self) -> Iterator[Generation]:
+        """The generation loop, for this thread alone; streams dropped meanwhile are ended before and after."""
         with self._lock:
-            return self._open().logits(token_ids)
+            generation = self._open()
+            self._end_dropped()
+            self._busy += 1
+            try:
+                yield generation
+            finally:
+                self._busy -= 1
+                self._end_dropped()
+
+    def _drop(self, request: str) -> None:
+        """Ends a request as soon as nothing is under way: now, or when whoever is at work is done."""
+        self._dropped.append(request)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._end_dropped()
+            finally:
+                self._lock.release()
+
+    def _end_dropped(self) -> None:
+        while self._dropped and not self._busy:
+            request = self._dropped.popleft()
+            if self._generation is not None:
+                self._generation.abort(request)
 
     def _abort(self, request: str) -> None:
         with self._lock:
@@ -215,8 +266,7 @@ class LLM:
 
     def _next(self, request: str) -> Delta:
         while True:
-            with self._lock:
-                generation = self._open()
+            with self._engine() as generation:
                 delta = generation.take(request)
                 if delta is not None:
                     return delta
@@ -245,7 +295,10 @@ class LLM:
             if not prompt:
                 raise RequestError("the prompt is empty; give at least one character")
             self._check_length(prompt)
-            return self.tokenizer.encode(prompt, special=True)
+            ids = self.tokenizer.encode(prompt, special=True)
+            if not ids:
+                raise RequestError("the prompt has no character that this model's vocabulary can express")
+            return ids
         return prompt
 
     def _check_length(self, text: str) -> None:
@@ -261,7 +314,9 @@ class LLM:
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> Sequence[SamplingParams]:
         if params is None or isinstance(params, SamplingParams):
-            return [params or self.default_params] * len(prompts)
+            return [self.default_params if params is None else params] * len(prompts)
+        if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
+            raise RequestError(f"params must be SamplingParams or a sequence of them, got {type(params).__name__}")
         if len(params) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts, but {len(params)} sampling parameters")
         return params
@@ -275,7 +330,15 @@ class LLM:
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    items: list[Any] = list(prompts)
+    if isinstance(prompts, bytes | bytearray | Mapping | Set) or not hasattr(prompts, "__len__"):
+        raise RequestError(f"prompts must be a string, token ids, or a list of these, got {type(prompts).__name__}")
+    try:
+        items: list[Any] = list(prompts)
+    except TypeError:  # a NumPy array without dimensions
+        raise RequestError(f"prompts must be a string, token ids, or a list of these, got {prompts!r}") from None
+    for item in items:
+        if isinstance(item, bytes | bytearray | Mapping | Set):
+            raise RequestError(f"a prompt must be a string or a list of token ids, got {type(item).__name__}")
     if items and all(map(_is_id, items)):
         return [items]
     if not items:

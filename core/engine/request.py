@@ -64,11 +64,13 @@ class Request:
         """
         self.id = request_id
         try:
+            if any(isinstance(token, bool) for token in prompt_ids):
+                raise TypeError("True and False are not token ids")
             self.prompt_ids = tuple(map(operator.index, prompt_ids))
         except TypeError as error:
-            raise RequestError(f"the prompt of request {request_id!r} must hold token ids: {error}") from None
+            raise RequestError(f"a prompt must hold token ids: {error}") from None
         if not self.prompt_ids:
-            raise RequestError(f"request {request_id!r} has an empty prompt; give at least one token")
+            raise RequestError("the prompt is empty; give at least one token")
         self.params = params if params is not None else SamplingParams()
         self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
         self.output_ids: list[int] = []

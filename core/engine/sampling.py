@@ -176,6 +176,10 @@ def _stops(value: Any) -> tuple[str, ...]:
             _refuse(f"stop[{index}]", stop, "a string")
         if not 1 <= len(stop) <= MAX_STOP_CHARS:
             raise RequestError(f"stop[{index}] must have 1 to {MAX_STOP_CHARS} characters, got {len(stop)}")
+        try:
+            stop.encode("utf-8")
+        except UnicodeEncodeError:
+            raise RequestError(f"stop[{index}] has a lone surrogate, which no generated text contains") from None
     return tuple(dict.fromkeys(stops))
 
 

@@ -8,16 +8,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arch import LinearScaling, Rope, YarnScaling
+from ..errors import TensorError
 
 
 def frequencies(rope: Rope, factors: NDArray[np.float32] | None = None) -> tuple[NDArray[np.float64], float]:
     """Radians per position for each of the dim/2 pairs, float64 [dim/2], and the magnitude of cos and sin.
 
     theta^(−2i/dim) of Su et al. 2021; scalings as LinearScaling and YarnScaling say; ``factors`` [dim/2] divide.
+    Raises TensorError for a factor that is not a finite number above 0.
     """
     pairs = np.arange(rope.dim // 2, dtype=np.float64)
     freqs = rope.theta ** (-2.0 * pairs / rope.dim)
     if factors is not None:
+        if not (np.isfinite(factors) & (factors > 0)).all():
+            raise TensorError(
+                f"{rope.factors or 'the RoPE factors'}: every factor must be a finite number above 0; the file is damaged"
+            )
         freqs = freqs / factors.astype(np.float64)
     scaling = rope.scaling
     if isinstance(scaling, LinearScaling):
@@ -48,6 +54,7 @@ def tables(
     rope: Rope, context: int, factors: NDArray[np.float32] | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """cos and sin for every position, float32 [context, dim/2] each; angles are taken in float64."""
-    freqs, magnitude = frequencies(rope, factors)
-    angles = np.arange(context, dtype=np.float64)[:, None] * freqs
-    return (np.cos(angles) * magnitude).astype(np.float32), (np.sin(angles) * magnitude).astype(np.float32)
+    with np.errstate(all="ignore"):  # extreme scalings give NaN, which the logits show
+        freqs, magnitude = frequencies(rope, factors)
+        angles = np.arange(context, dtype=np.float64)[:, None] * freqs
+        return (np.cos(angles) * magnitude).astype(np.float32), (np.sin(angles) * magnitude).astype(np.float32)

@@ -20,6 +20,7 @@ from polyhead.runtime.contract import Batch
 from polyhead.runtime.cpu import attention as cpu
 from polyhead.runtime.cuda.context import Context
 from polyhead.runtime.cuda.graph import Graph
+from polyhead.runtime.cuda.kv_cache import decode_e4m3
 from polyhead.runtime.cuda.memory import Array, Pool
 from polyhead.runtime.cuda.ops import attention as op
 
@@ -55,7 +56,7 @@ class Case:
         )
 
     def limit(self) -> float:
-        """The probabilities are rounded to the cache's type, the result to the activations'."""
+        """Probabilities are rounded to the cache's type, or the activations' if that is fp8; so is the result."""
         return tolerance.CUDA_BLOCK * (2 if "bf16" in (self.dtype, self.kv_dtype) else 0.5)
 
 
@@ -78,6 +79,18 @@ CASES = [
     Case(3, 1, 192, window=33),
     Case(8, 1, 256, dtype="bf16", kv_dtype="bf16"),
     Case(4, 2, 256, block_size=1, window=100, softcap=30.0),
+    Case(2, 2, 2, block_size=1, kv_dtype="u8"),
+    Case(4, 2, 10, block_size=3, softcap=5.0, scale=1.0, kv_dtype="u8"),
+    Case(4, 1, 16, window=100, kv_dtype="u8", dtype="bf16"),
+    Case(4, 2, 40, block_size=3, kv_dtype="u8"),
+    Case(9, 3, 64, kv_dtype="u8"),
+    Case(4, 4, 80, softcap=50.0, kv_dtype="u8"),
+    Case(6, 2, 96, window=100, kv_dtype="u8", dtype="bf16"),
+    Case(16, 2, 128, softcap=20.0, window=70, kv_dtype="u8"),
+    Case(20, 2, 128, block_size=3, kv_dtype="u8"),
+    Case(3, 1, 192, window=33, kv_dtype="u8", dtype="bf16"),
+    Case(4, 2, 256, block_size=1, window=100, softcap=30.0, kv_dtype="u8"),
+    Case(2, 1, 256, kv_dtype="u8", dtype="bf16"),
 ]
 by_shape = pytest.mark.parametrize(
     "case", CASES, ids=lambda c: f"{c.heads}-{c.kv_heads}x{c.dim}-b{c.block_size}-w{c.window}-{c.dtype}-{c.kv_dtype}"
@@ -101,6 +114,16 @@ class Batched:
             at = np.arange(context)
             for cache in (k, v):
                 cache[table[at // size], :, at % size] = rng.standard_normal((context, heads, dim))
+        # In fp8 each row of the cache has a scale between 2^-13 and 1; where no token was written it is NaN.
+        self.scales: Any = None
+        if case.kv_dtype == "u8":
+            written = np.isfinite(k[..., 0])
+            k, v = (rng.integers(0, 256, k.shape).astype(np.uint8) for _ in range(2))
+            for codes in (k, v):
+                codes[codes & 0x7F == 0x7F] = 0  # NaN, which is never stored
+            factors = [2.0 ** rng.uniform(-13, 0, written.shape) for _ in range(2)]
+            factors[0] /= 64  # codes have a standard deviation of 100
+            self.scales = tuple(put(np.where(written, of, np.nan).astype(np.float32)) for of in factors)
         self.k, self.v = put(k, case.kv_dtype), put(v, case.kv_dtype)
         rows = int(self.starts[-1])
         self.qkv = put(rng.standard_normal((rows, (case.heads + 2 * heads) * dim)) * 1.5, case.dtype)
@@ -112,11 +135,21 @@ class Batched:
     def rows(self) -> int:
         return int(self.starts[-1])
 
+    def values(self, get: Get) -> tuple[Any, Any]:
+        """What the caches stand for, float64."""
+        k, v = (get(cache) for cache in (self.k, self.v))
+        if self.scales is not None:
+            k, v = (
+                decode_e4m3(codes).astype(np.float64) * get(of)[..., None]
+                for codes, of in zip((k, v), self.scales, strict=True)
+            )
+        return k.astype(np.float64), v.astype(np.float64)
+
     def expected(self, get: Get) -> Any:
         """Float64, written straightforwardly: a query at a time."""
         case, spec = self.case, self.spec
         q = get(self.qkv).astype(np.float64)[:, : spec.q_size].reshape(self.rows, case.heads, case.dim)
-        k, v = (get(cache).astype(np.float64) for cache in (self.k, self.v))
+        k, v = self.values(get)
         out = np.empty_like(q)
         group, scale = case.heads // case.kv_heads, spec.scale or 1 / math.sqrt(case.dim)
         for s, (rows, context) in enumerate(self.chunks):
@@ -140,7 +173,10 @@ class Batched:
         work = put(op.prefill_work(self.starts, self.lens))
         d = self.device
         result = out.slice_rows(0, self.rows)
-        op.attend_prefill(ctx, self.qkv, self.k, self.v, result, d["starts"], d["lens"], d["tables"], work, self.spec)
+        op.attend_prefill(
+            ctx, self.qkv, self.k, self.v, result, d["starts"], d["lens"], d["tables"], work, self.spec,
+            scales=self.scales,
+        )  # fmt: skip
         found = get(out)
         assert np.isnan(found[-1]).all()
         return found[:-1]
@@ -158,7 +194,7 @@ class Batched:
         for _ in range(2):  # the second finds what the first left behind
             op.attend_decode(
                 ctx, self.qkv, self.k, self.v, result, d["lens"], d["tables"], self.spec, scratch, counters,
-                split_tokens=split, **more,
+                split_tokens=split, scales=self.scales, **more,
             )  # fmt: skip
         found = get(out)
         assert not get(counters).any()
@@ -221,11 +257,11 @@ def test_large_scores_neither_overflow_nor_lose_the_maximum(ctx: Context, put: P
         assert tolerance.error(run(ctx, put, poisoned, get), batch.expected(get)) < case.limit()
 
 
-@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize(("window", "kv_dtype"), [(None, "f16"), (50, "f16"), (None, "u8"), (50, "u8")])
 def test_prefill_of_a_sequence_is_bit_equal_in_any_chunks_and_company(
-    window: int | None, ctx: Context, put: Put, poisoned: Put, get: Get
+    window: int | None, kv_dtype: str, ctx: Context, put: Put, poisoned: Put, get: Get
 ) -> None:
-    batch = Batched(Case(6, 2, 64, window=window), [(150, 190), (30, 77)], put)
+    batch = Batched(Case(6, 2, 64, window=window, kv_dtype=kv_dtype), [(150, 190), (30, 77)], put)
     whole = batch.prefill(ctx, put, poisoned, get)
     values, d = get(batch.qkv), batch.device
     for first, last in [(0, 1), (1, 40), (40, 64), (64, 150)]:
@@ -233,7 +269,7 @@ def test_prefill_of_a_sequence_is_bit_equal_in_any_chunks_and_company(
         starts, lens = np.array([0, last - first], np.int32), np.array([40 + last], np.int32)
         op.attend_prefill(
             ctx, put(values[first:last], "f16"), batch.k, batch.v, out, put(starts), put(lens),
-            d["tables"].slice_rows(0, 1), put(op.prefill_work(starts, lens)), batch.spec,
+            d["tables"].slice_rows(0, 1), put(op.prefill_work(starts, lens)), batch.spec, scales=batch.scales,
         )  # fmt: skip
         assert np.array_equal(get(out), whole[first:last])
 
@@ -266,8 +302,11 @@ def test_decode_with_a_fixed_split_is_bit_equal_alone_and_in_a_batch(
         assert np.array_equal(alone.decode(ctx, put, poisoned, get, 128)[0], together[s])
 
 
-def test_decode_and_prefill_agree_on_single_rows(ctx: Context, put: Put, poisoned: Put, get: Get) -> None:
-    batch = Batched(Case(8, 2, 128), [(1, context) for context in (1, 77, 640)], put)
+@pytest.mark.parametrize("kv_dtype", ["f16", "u8"])
+def test_decode_and_prefill_agree_on_single_rows(
+    kv_dtype: str, ctx: Context, put: Put, poisoned: Put, get: Get
+) -> None:
+    batch = Batched(Case(8, 2, 128, kv_dtype=kv_dtype), [(1, context) for context in (1, 77, 640)], put)
     decoded, prefilled = (run(ctx, put, poisoned, get) for run in (batch.decode, batch.prefill))
     assert tolerance.error(decoded, prefilled) < tolerance.CUDA_NORM
 
@@ -364,3 +403,54 @@ def test_what_does_not_go_together_is_named(ctx: Context, put: Put, poisoned: Pu
         op.attend_decode(
             *common, poisoned((1, 128), "f16"), d["lens"], d["tables"], batch.spec, poisoned(0, "u8"), counters
         )
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_of_one_token_every_fp8_code_comes_back_exactly(
+    dtype: str, ctx: Context, put: Put, poisoned: Put, get: Get
+) -> None:
+    batch = Batched(Case(1, 1, 256, dtype=dtype, kv_dtype="u8"), [(1, 1)], put)
+    codes = np.arange(256, dtype=np.uint8)
+    codes[[0x7F, 0xFF]] = 0  # NaN
+    batch.v = put(np.broadcast_to(codes, batch.v.shape).copy())
+    batch.scales = tuple(put(np.full(batch.v.shape[:3], of, np.float32)) for of in (1.0, 0.25))
+    for run in (batch.decode, batch.prefill):
+        assert np.array_equal(run(ctx, put, poisoned, get)[0], decode_e4m3(codes) / 4)
+
+
+def test_fp8_values_as_large_and_as_small_as_float16_has_them_survive(
+    ctx: Context, put: Put, poisoned: Put, get: Get
+) -> None:
+    for chunks in ([(1, 70), (1, 300)], [(40, 70), (3, 300)]):
+        batch = Batched(Case(4, 2, 64, kv_dtype="u8"), chunks, put)
+        run = batch.decode if chunks[0][0] == 1 else batch.prefill
+        for largest in (65504.0, 2.0**-14):
+            batch.scales = batch.scales[0], put(np.full(batch.v.shape[:3], largest / 448, np.float32))
+            floor = 2.0**-24  # float16 has no smaller number; so it cannot tell less than half of it in the result
+            found, expected = run(ctx, put, poisoned, get).astype(np.float64), batch.expected(get)
+            assert np.abs(found - expected).max() < 3 * floor + largest * tolerance.CUDA_BLOCK / 4
+
+
+def test_changed_future_fp8_tokens_and_scales_leave_earlier_outputs_bit_equal(
+    ctx: Context, put: Put, poisoned: Put, get: Get
+) -> None:
+    batch = Batched(Case(4, 2, 64, kv_dtype="u8"), [(100, 100)], put)
+    before = batch.prefill(ctx, put, poisoned, get)
+    k_scales, v_scales = (get(of) for of in batch.scales)
+    at = np.arange(60, 100)
+    for of in (k_scales, v_scales):
+        of[batch.tables[0, at // 16], :, at % 16] *= 100
+    batch.scales = put(k_scales), put(v_scales)
+    after = batch.prefill(ctx, put, poisoned, get)
+    assert np.array_equal(before[:60], after[:60])
+    assert (before[60:] != after[60:]).any(axis=1).all()
+
+
+def test_fp8_without_scales_is_named(ctx: Context, put: Put, poisoned: Put, get: Get) -> None:
+    batch = Batched(Case(4, 2, 64, kv_dtype="u8"), [(3, 40)], put)
+    scales, batch.scales = batch.scales, None
+    with pytest.raises(DeviceError, match="scales go with u8"):
+        batch.prefill(ctx, put, poisoned, get)
+    batch.scales = scales[0], poisoned((1, 2, 16), "f32")
+    with pytest.raises(DeviceError, match=r"v_scales is f32\[1, 2, 16\]"):
+        batch.prefill(ctx, put, poisoned, get)

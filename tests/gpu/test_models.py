@@ -297,3 +297,55 @@ def test_smollm2_continues_ten_prompts_as_the_cpu_runtime(ctx, smollm2_path):
             if mine != theirs:
                 assert prompt.greedy.margins[step] < 0.1, (prompt.text, step)
                 break
+
+
+@pytest.mark.parametrize("name", golden.names())
+def test_logits_with_an_fp8_cache_are_near_the_reference(name, open_tiny):
+    with open_tiny(name, kv_dtype="fp8") as llm:
+        assert llm.plan.kv_dtype == "fp8"
+        for sequence in golden.load(name).sequences:
+            logits = llm.logits(sequence.ids)[sequence.positions]
+            assert tolerance.error(logits, sequence.logits) < tolerance.CUDA_FP8_LOGITS
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_with_an_fp8_cache_prefill_is_near_chunks_and_decodes(name, chunk, parts):
+    decoder, weights = parts(name)
+    chunked = run(decoder, weights, IDS, kv_dtype="fp8", max_tokens=chunk, max_batch=chunk)
+    whole = run(decoder, weights, IDS, kv_dtype="fp8")
+    assert tolerance.error(chunked, whole) < tolerance.CUDA_FP8_ROUNDING
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2-tied", "mistral-window"])
+def test_deterministic_results_with_an_fp8_cache_are_bit_equal_alone_in_a_batch_and_chunked(name, open_tiny):
+    params = SamplingParams(max_tokens=9, temperature=1.0, seed=5, logprobs=2, ignore_eos=True)
+    ids, others = IDS * 3, [[1, 2, 3], IDS[4:], IDS[:2] * 7]
+    options = {"deterministic": True, "kv_dtype": "fp8"}
+    with (
+        open_tiny(name, **options, max_tokens_per_step=64) as whole,
+        open_tiny(name, **options, max_tokens_per_step=3) as chunked,
+    ):
+        alone = whole.generate([ids], params)[0]
+        assert whole.generate([*others, ids], params)[-1] == alone
+        assert chunked.generate([ids], params)[0] == alone
+        assert chunked.generate([others[0], ids, others[1]], params)[1] == alone
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen3", "gpt2-tied"])
+def test_an_fp8_cache_holds_the_nearest_codes_of_keys_and_values(name, parts):
+    decoder, weights = parts(name)
+    model = cuda_model(decoder, weights, kv_dtype="fp8")
+    rows = len(IDS)
+    positions, table = np.arange(rows, dtype=np.int32), np.array([[3, 1]], np.int32)
+    ends = np.array([0, rows], np.int32)
+    seen = model.trace(Batch(np.array(IDS, np.int32), positions, ends, ends[1:], table, ends[:1]))
+    for layer, block in enumerate(decoder.blocks):
+        found = np.concatenate(model.read_kv(layer, table[0, positions // 8] * 8 + positions % 8), axis=1)
+        qkv = seen[f"blk.{layer}.attn.store_kv"]
+        expected = qkv[:, block.attn.q_size :].reshape(rows, 2 * block.attn.kv_heads, -1)
+        # Half a step is 2^-4 of a value, or 2^-10 where the largest of a head is 448; f16 rounds in between.
+        steps = np.abs(expected) * 2.0**-4 + np.abs(expected).max(axis=-1, keepdims=True) / 448 * 2.0**-10
+        assert (np.abs(found - expected) <= 1.02 * steps + 1e-6).all()
+        assert (found != expected).any()
+    model.close()

@@ -13,6 +13,7 @@ from polyhead.arch import Attention, FusedQKV, LayerNorm, Linear, Norm, RMSNorm,
 from polyhead.errors import DeviceError
 from polyhead.runtime.cpu import ops as cpu
 from polyhead.runtime.cuda.context import Context
+from polyhead.runtime.cuda.kv_cache import decode_e4m3
 from polyhead.runtime.cuda.memory import Array
 from polyhead.runtime.cuda.ops.rope import store_kv
 from polyhead.runtime.rope import tables
@@ -53,10 +54,13 @@ CASES = [
     Case(8, 2, 128, Rope(1e6, 128, "half"), q_norm=RMS, k_norm=RMS, dtype="bf16", kv_dtype="bf16"),
     Case(5, 1, 256, Rope(1e4, 256, "half"), q_norm=RMS, k_norm=RMS),
     Case(2, 2, 256, Rope(1e4, 64, "interleaved"), dtype="bf16"),
+    Case(3, 3, 6, Rope(10000.0, 4, "half"), block_size=3, kv_dtype="u8"),
+    Case(4, 2, 80, Rope(10000.0, 32, "half"), q_norm=BARE, k_norm=LAYER, kv_dtype="u8"),
+    Case(8, 2, 128, Rope(1e6, 128, "half"), q_norm=RMS, k_norm=RMS, dtype="bf16", kv_dtype="u8"),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.heads}-{c.kv_heads}x{c.dim}-{c.dtype}")
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.heads}-{c.kv_heads}x{c.dim}-{c.dtype}-{c.kv_dtype}")
 def test_rotation_and_cache_agree_with_the_cpu(case: Case, ctx: Context, put: Put, get: Get) -> None:
     rng = np.random.default_rng(case.dim)
     spec, dim, size = case.spec(), case.dim, case.block_size
@@ -67,8 +71,14 @@ def test_rotation_and_cache_agree_with_the_cpu(case: Case, ctx: Context, put: Pu
     blocks = 3 * width + 2
     block_tables = rng.permutation(blocks)[: 3 * width].reshape(3, width).astype(np.int32)
     qkv = put(rng.standard_normal((len(positions), (case.heads + 2 * case.kv_heads) * dim)), case.dtype)
-    caches = [put(rng.standard_normal((blocks, case.kv_heads, size, dim)), case.kv_dtype) for _ in range(2)]
-    before = [get(array) for array in (qkv, *caches)]
+    shape, fp8 = (blocks, case.kv_heads, size, dim), case.kv_dtype == "u8"
+    caches = [put(rng.integers(0, 120, shape) if fp8 else rng.standard_normal(shape), case.kv_dtype) for _ in range(2)]
+    scales = (put(np.ones(shape[:3], np.float32)), put(np.ones(shape[:3], np.float32))) if fp8 else None
+
+    def stored(i: int) -> Any:
+        return decode_e4m3(get(caches[i])) * get(scales[i])[..., None] if scales else get(caches[i])
+
+    before = [get(qkv), stored(0), stored(1)]
     weights = [rng.standard_normal(dim).astype(np.float32) for _ in range(4)]
     turn = tables(spec.rope, 64) if spec.rope else None
     norms = [
@@ -77,7 +87,7 @@ def test_rotation_and_cache_agree_with_the_cpu(case: Case, ctx: Context, put: Pu
     ]
     on_device = tuple(map(put, turn)) if turn else None
     places = put(positions), put(sequences), put(block_tables)
-    store_kv(ctx, qkv, spec, on_device, norms, *places, *caches)
+    store_kv(ctx, qkv, spec, on_device, norms, *places, *caches, scales)
 
     rows = len(positions) - 1
     heads = before[0][:rows].astype(np.float32).reshape(rows, -1, dim)
@@ -95,11 +105,14 @@ def test_rotation_and_cache_agree_with_the_cpu(case: Case, ctx: Context, put: Pu
     assert np.array_equal(found[rows], before[0][rows]), "padding was touched"
 
     # Caches: what was written is k and v, and not one other value has changed.
-    for name, cache, old, part in (("k", caches[0], before[1], parts[1]), ("v", caches[1], before[2], parts[2])):
+    for i, (name, part) in enumerate((("k", parts[1]), ("v", parts[2]))):
         block = block_tables[sequences[:rows], positions[:rows] // size]
-        written = get(cache)
-        half = 2.0 ** (-11 if case.kv_dtype == "f16" else -8)
-        assert np.allclose(written[block, :, positions[:rows] % size], part, rtol=1.01 * half, atol=1e-5), name
+        written, old = stored(i), before[1 + i]
+        half = 2.0 ** -{"f16": 11, "bf16": 8, "u8": 4}[case.kv_dtype]
+        # Below 2^-6 e4m3 codes are 2^-9 apart, where the head's largest component is 448.
+        least = np.abs(part).max(axis=-1, keepdims=True) / 448 * 2.0**-10 if fp8 else 0.0
+        off = np.abs(written[block, :, positions[:rows] % size] - part)
+        assert (off <= 1.01 * half * np.abs(part) + least + 1e-5).all(), name
         written[block, :, positions[:rows] % size] = old[block, :, positions[:rows] % size]
         assert np.array_equal(written, old), f"{name} was written elsewhere"
 
@@ -147,3 +160,59 @@ def test_what_the_spec_and_the_arguments_disagree_on_is_named(ctx: Context, put:
         store_kv(ctx, poisoned((1, 192), "f16"), spec, None, [None, None], one, one, one.reshape(1, 1), cache, cache)
     with pytest.raises(DeviceError, match=r"qkv is f16\[1, 190\]"):
         store_kv(ctx, poisoned((1, 190), "f16"), spec, None, [None, None], one, one, one.reshape(1, 1), cache, cache)
+
+
+def encode_e4m3(values: Any) -> Any:
+    """The nearest code, of two the even one; 448 is the largest. Written down as a search through all values."""
+    grid = decode_e4m3(np.arange(127, dtype=np.uint8)).astype(np.float64)
+    middle = (grid[1:] + grid[:-1]) / 2
+    size = np.abs(values.astype(np.float64))
+    below, upto = np.searchsorted(middle, size, "left"), np.searchsorted(middle, size, "right")
+    return np.where(below % 2 == 0, below, upto).astype(np.uint8) | np.where(np.signbit(values), 0x80, 0).astype(
+        np.uint8
+    )
+
+
+def store_fp8(ctx: Context, put: Put, poisoned: Put, get: Get, values: Any, dtype: str) -> tuple[Any, ...]:
+    """Codes and scales of K and V that ``values`` [rows, K and V, kv_heads, dim] leave in one block."""
+    rows, _, kv_heads, dim = values.shape
+    case = Case(kv_heads, kv_heads, dim, None, block_size=rows)
+    qkv = put(np.concatenate([np.zeros((rows, kv_heads * dim)), values.reshape(rows, -1)], axis=1), dtype)
+    caches = [poisoned((1, kv_heads, rows, dim), "u8") for _ in range(2)]
+    scales = poisoned((1, kv_heads, rows), "f32"), poisoned((1, kv_heads, rows), "f32")
+    places = put(np.arange(rows, dtype=np.int32)), put(np.zeros(rows, np.int32)), put(np.zeros((1, 1), np.int32))
+    store_kv(ctx, qkv, case.spec(), None, [None, None], *places, *caches, scales)
+    stored = get(qkv)[:, kv_heads * dim :].astype(np.float32).reshape(values.shape).transpose(1, 2, 0, 3)
+    return stored, np.stack([get(cache)[0] for cache in caches]), np.stack([get(of)[0] for of in scales])
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(2, "f16"), (10, "bf16"), (64, "f16"), (80, "f16"), (256, "bf16")])
+def test_fp8_codes_are_the_nearest_of_what_the_largest_component_allows(
+    dim: int, dtype: str, ctx: Context, put: Put, poisoned: Put, get: Get
+) -> None:
+    rng = np.random.default_rng(dim)
+    values = rng.standard_normal((40, 2, 3, dim)) * 10.0 ** rng.uniform(-4, 3, (40, 2, 3, 1))
+    values[:20] *= 10.0 ** rng.uniform(-4, 0, (20, 2, 3, dim))  # small beside the largest
+    values[7] = 0
+    stored, codes, scales = store_fp8(ctx, put, poisoned, get, values, dtype)
+    expected = np.abs(stored).max(axis=-1) / np.float32(448)
+    expected[expected == 0] = 1
+    assert np.array_equal(scales, expected)
+    assert np.array_equal(codes, encode_e4m3(stored / expected[..., None]))
+
+
+def test_every_fp8_code_is_stored_as_itself(ctx: Context, put: Put, poisoned: Put, get: Get) -> None:
+    codes = np.arange(256, dtype=np.uint8)
+    codes[[0x7F, 0xFF]] = 0x7E  # NaN becomes the largest
+    powers = 2.0 ** np.arange(-5, 5)
+    values = decode_e4m3(codes).astype(np.float64) * powers[:, None, None, None]
+    _, found, scales = store_fp8(ctx, put, poisoned, get, np.repeat(values, 2, axis=1), "f16")
+    assert np.array_equal(found, np.broadcast_to(codes, found.shape))
+    assert np.array_equal(scales, np.broadcast_to(powers, scales.shape))
+
+
+def test_what_is_not_finite_makes_the_scale_so(ctx: Context, put: Put, poisoned: Put, get: Get) -> None:
+    values = np.ones((3, 2, 1, 64))
+    values[0, 0, 0, 5], values[1, 1, 0, 63] = np.inf, np.nan
+    _, _, scales = store_fp8(ctx, put, poisoned, get, values, "f16")
+    assert np.array_equal(np.isfinite(scales[:, 0]), [[False, True, True], [True, False, True]])

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from ...arch import Decoder, Module, Norm, Rope
-from ...errors import DeviceError, PluginError, RequestError
+from ...errors import DeviceError, PluginError, RequestError, told
 from ..batch_checks import check_batch
 from ..contract import Batch, Pending, RuntimeOptions, SampledToken, SamplingRow, WeightSource
 from ..modules import CpuModule, ModuleKind
@@ -132,7 +132,8 @@ class CpuModel:
         run = _Run(
             batch, attention.lay_out(batch, cache.block_size, self._deterministic), self._memory, self._workspace
         )
-        with self._threads():
+        # What damaged weights overflow to is told by the check of the logits, not by warnings on the user's terminal.
+        with self._threads(), np.errstate(all="ignore"):
             for step in self.program.steps:
                 self._dispatch[type(step)](step, run)
                 if observe is not None:
@@ -156,9 +157,9 @@ class CpuModel:
         specs = step.module.tensors(self.decoder.hidden)
         try:
             return kind.cpu(step.module, {spec.name: self._weights.vector(spec.name) for spec in specs})
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(
-                f"{step.name}: module {type(step.module).__name__} failed to load: {type(error).__name__}: {error}"
+                f"{step.name}: module {type(step.module).__name__} failed to load: {told(error)}"
             ) from error
 
     def _rope_tables(self) -> dict[Rope, tuple[F32, F32]]:
@@ -232,9 +233,9 @@ class CpuModel:
         scratch = {key: run[buffer] for key, buffer in step.scratch}
         try:
             self._modules[step.name](run[step.src], run[step.dst], scratch)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(
-                f"{step.name}: module {type(step.module).__name__} failed: {type(error).__name__}: {error}"
+                f"{step.name}: module {type(step.module).__name__} failed: {told(error)}"
             ) from error
 
     def _add(self, step: Add, run: _Run) -> None:

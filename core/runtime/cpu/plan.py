@@ -29,17 +29,16 @@ def plan_program(program: Program, options: RuntimeOptions) -> MemoryPlan:
         raise ConfigError(f"runtime.activation_dtype is {options.activation_dtype!r}; the CPU runtime computes in f32")
     total, free = _system_memory()
     rows = max(options.max_batch, 1)
-    context = options.context or decoder.context
-    rope_bytes = sum(8 * context * (rope.dim // 2) for rope in ropes(decoder))
-    scratch = max(scratch_bytes(block.attn, context) for block in decoder.blocks)
-    scratch += 4 * options.max_tokens * decoder.hidden  # a product before it is added to the residual stream
+    rope_bytes = sum(8 * (rope.dim // 2) for rope in ropes(decoder))
+    attentions = [block.attn for block in decoder.blocks]
+    product = 4 * options.max_tokens * decoder.hidden  # before it is added to the residual stream
     return plan_memory(
         device="cpu",
         total=total,
         free=free,
         memory_fraction=options.memory_fraction,
-        weights=resident_bytes(program) + rope_bytes,
-        workspace=program.workspace(options.max_tokens, rows).size + scratch,
+        weights=resident_bytes(program),
+        workspace=program.workspace(options.max_tokens, rows).size + product,
         kv_bytes_per_token=decoder.kv_values_per_token() * storage_dtype(options.kv_dtype).itemsize,
         kv_dtype=storage_dtype(options.kv_dtype).name.replace("float", "f"),
         block_size=options.block_size,
@@ -49,6 +48,7 @@ def plan_program(program: Program, options: RuntimeOptions) -> MemoryPlan:
         max_tokens=options.max_tokens,
         max_logit_rows=rows,
         kv_tokens_cap=KV_TOKENS_CAP,
+        context_bytes=lambda context: context * rope_bytes + max(scratch_bytes(spec, context) for spec in attentions),
     )
 
 

@@ -20,9 +20,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import DeviceError, RequestError
+from ...errors import RequestError
 from ..contract import SampledToken, SamplingRow
 from ..philox import uniform
+from ..sampling_errors import bad_logits, nothing_left
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.intp]
@@ -49,7 +50,7 @@ def sample(logits: NDArray[np.float32], rows: Sequence[SamplingRow]) -> list[Sam
         if row.temperature == 0.0 and not _adjusts(row):
             token = int(best[index])
         else:
-            token = _sample_row(logits[index], row)
+            token = _sample_row(logits[index], index, row)
         if row.logprobs is None:
             result.append(SampledToken(token))
         else:
@@ -79,10 +80,7 @@ def _check_peak(peak: float, index: int, row: SamplingRow) -> None:
     if np.isfinite(peak):
         return
     what = "NaN" if np.isnan(peak) else "+inf" if peak > 0 else "only -inf"
-    raise DeviceError(
-        f"the model produced {what} logits in row {index}, for the token at position {row.position}; its weights are "
-        "damaged or overflow the compute type: check the file's checksum, and compare with device: cpu"
-    )
+    raise bad_logits(what, index, row)
 
 
 def _adjusts(row: SamplingRow) -> bool:
@@ -90,17 +88,14 @@ def _adjusts(row: SamplingRow) -> bool:
     return bool(row.logit_bias or row.repetition != 1.0 or row.presence or row.frequency)
 
 
-def _sample_row(logits: NDArray[np.float32], row: SamplingRow) -> int:
+def _sample_row(logits: NDArray[np.float32], index: int, row: SamplingRow) -> int:
     x = logits.astype(np.float64)
     if _adjusts(row):
         _adjust(x, row)
     best = int(np.argmax(x))
     peak = float(x[best])
     if peak == -np.inf:
-        raise RequestError(
-            f"no token is left to choose at position {row.position}: logit_bias, or min_tokens with its stop tokens, "
-            "bans every one that the model allows"
-        )
+        raise nothing_left(index, row)
     if row.temperature == 0.0:
         return best
     ids: Ids | None = None  # None: all, in order of id

@@ -32,6 +32,7 @@ from .context import Context
 from .driver import translated
 from .graph import Graph
 from .inputs import Inputs, View
+from .kv_cache import KVCache
 from .memory import Array, Pool
 from .ops import activation, attention, embed, norm, rope, rows
 from .ops.linear import linear
@@ -132,13 +133,7 @@ class CudaModel:
 
     def read_kv(self, layer: int, slots: Sequence[int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """K and V [len(slots), kv_heads, head_dim] of a layer as cached; slot = block · block_size + offset."""
-        at = np.asarray(slots, np.intp)
-        size = self.plan.block_size
-        k, v = (
-            np.asarray(self._ctx.device.download(cache), np.float32)[at // size, :, at % size]
-            for cache in (self._k[layer], self._v[layer])
-        )
-        return k, v
+        return self._kv.read(self._ctx.device, layer, slots)
 
     def close(self) -> None:
         """Returns all memory of the device. Safe to call twice."""
@@ -153,12 +148,7 @@ class CudaModel:
         counts = max(attention.counters(block.attn, plan.max_batch) for block in self.decoder.blocks)
         self._counters = pool.array(counts, "i32", zero=True)
         blocks = plan.num_blocks + 1  # the last one takes what padding sequences write
-        self._k: list[Array] = []
-        self._v: list[Array] = []
-        for block in self.decoder.blocks:
-            shape = (blocks, block.attn.kv_heads, plan.block_size, block.attn.head_dim)
-            self._k.append(self._kv_pool.array(shape, self._act, zero=True))
-            self._v.append(self._kv_pool.array(shape, self._act, zero=True))
+        self._kv = KVCache(self._kv_pool, self.decoder, blocks, plan.block_size, plan.kv_dtype)
         table = _width(-(-plan.context // plan.block_size))
         self._inputs = Inputs(
             self._ctx,
@@ -272,18 +262,20 @@ class CudaModel:
             view.positions,
             view.sequences,
             view.block_tables,
-            self._k[step.layer],
-            self._v[step.layer],
+            *self._kv.layers[step.layer],
+            self._kv.scales[step.layer],
         )
 
     def _attend(self, step: Attend, run: _Run) -> None:
         view, spec = run.view, step.attention
-        arrays = (run[step.qkv], self._k[step.layer], self._v[step.layer], run[step.dst])
-        lens, blocks = view.context_lens, view.block_tables
+        arrays = (run[step.qkv], *self._kv.layers[step.layer], run[step.dst])
+        lens, blocks, scales = view.context_lens, view.block_tables, self._kv.scales[step.layer]
         if view.decode and not self._deterministic:  # the split over blocks depends on the batch
-            attention.attend_decode(self._ctx, *arrays, lens, blocks, spec, self._scratch, self._counters)
+            room = (self._scratch, self._counters)
+            attention.attend_decode(self._ctx, *arrays, lens, blocks, spec, *room, scales=scales)
         else:
-            attention.attend_prefill(self._ctx, *arrays, view.query_start, lens, blocks, view.tiles, spec)
+            starts, tiles = view.query_start, view.tiles
+            attention.attend_prefill(self._ctx, *arrays, starts, lens, blocks, tiles, spec, scales=scales)
 
     def _activate(self, step: Activate, run: _Run) -> None:
         activation.activate(self._ctx, run[step.src], run[step.dst], step.activation, step.gated)

@@ -11,6 +11,7 @@ from ..memory import MemoryPlan, plan_memory
 from ..program import Apply, Attend, Program, Project, lower
 from .device import CudaDevice
 from .formats import DENSE_TYPES, TILE_ROWS
+from .kv_cache import FP8
 from .ops import attention
 from .ops.sample import ROW, TOPS
 from .ops.sample import scratch_bytes as sampling_scratch
@@ -22,7 +23,6 @@ UNPACK = 64 << 20
 BLAS_WORKSPACE = 32 << 20
 BIASES = 1536
 _ACTIVATIONS = {"auto": "f16", "f16": "f16", "bf16": "bf16"}
-_KV = {"f16": "f16", "bf16": "bf16"}
 
 
 def activation_dtype(options: RuntimeOptions) -> str:
@@ -35,13 +35,21 @@ def activation_dtype(options: RuntimeOptions) -> str:
 
 
 def kv_dtype(options: RuntimeOptions) -> str:
-    """The dtype of the KV cache: the activations' unless another is asked for. Raises ConfigError."""
+    """The dtype of the KV cache: the activations' unless fp8 is asked for. Raises ConfigError for another."""
     act = activation_dtype(options)
-    if options.kv_dtype not in ("auto", act):
+    if options.kv_dtype not in ("auto", act, FP8):
         raise ConfigError(
-            f"runtime.kv_dtype is {options.kv_dtype!r}; with {act} activations the CUDA runtime stores auto or {act}"
+            f"runtime.kv_dtype is {options.kv_dtype!r}; with {act} activations the CUDA runtime stores auto, {act} "
+            f"or {FP8}"
         )
-    return act
+    return act if options.kv_dtype == "auto" else options.kv_dtype
+
+
+def kv_bytes_per_token(decoder: Decoder, dtype: str) -> int:
+    """Bytes that a token takes in the caches of all layers; fp8 has a float32 scale for each K and V of a head."""
+    if dtype == FP8:
+        return decoder.kv_values_per_token() + sum(2 * 4 * block.attn.kv_heads for block in decoder.blocks)
+    return 2 * decoder.kv_values_per_token()
 
 
 def check(program: Program) -> None:
@@ -78,8 +86,8 @@ def plan_program(
     """The memory plan. ``types`` tells a tensor's stored type. Raises CapacityError when it does not fit."""
     check(program)
     decoder = program.decoder
-    act = activation_dtype(options)
-    kv_dtype(options)
+    stored = kv_dtype(options)
+    token_bytes = kv_bytes_per_token(decoder, stored)
     context = options.context or decoder.context
     rows = options.max_batch
     rope = sum(8 * context * (rope.dim // 2) for rope in ropes(decoder))
@@ -90,7 +98,7 @@ def plan_program(
     sampler += 8 * most_seen(rows, decoder.vocab, context) + 12 * BIASES * rows
     workspace += 2 * sampler  # one for the step under way, one for the next
     tables = 4 * rows * (-(-context // options.block_size) * 2)
-    spare_block = options.block_size * decoder.kv_values_per_token() * 2
+    spare_block = options.block_size * token_bytes
     return plan_memory(
         device=device,
         total=total,
@@ -98,8 +106,8 @@ def plan_program(
         memory_fraction=options.memory_fraction,
         weights=resident_bytes(program, types) + rope,
         workspace=workspace + tables + spare_block + BLAS_WORKSPACE + 3 * STAGE,
-        kv_bytes_per_token=decoder.kv_values_per_token() * 2,
-        kv_dtype=act,
+        kv_bytes_per_token=token_bytes,
+        kv_dtype=stored,
         block_size=options.block_size,
         context=options.context,
         model_context=decoder.context,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ...errors import DeviceError, RequestError
 from ..contract import SampledToken, SamplingRow
+from ..sampling_errors import bad_logits, nothing_left
 from .context import Context
 from .memory import Array, HostBuffer, Pool
 from .ops.sample import BANNED, INFINITE, NAN, OK, ROW, TOP, TOPS, SampleArrays, sample, scratch_bytes
@@ -202,14 +203,6 @@ def _with_logprobs(token: int, words: NDArray[np.int32]) -> SampledToken:
 def _raise_status(statuses: Sequence[int], rows: Sequence[SamplingRow]) -> None:
     for index, status in enumerate(statuses):
         if status not in (OK, BANNED):
-            what = {NAN: "NaN", INFINITE: "+inf"}.get(status, "only -inf")
-            raise DeviceError(
-                f"the model produced {what} logits in row {index}, for the token at position {rows[index].position}; "
-                "its weights are damaged or overflow the compute type: check the file's checksum, and compare with "
-                "device: cpu"
-            )
-    row = rows[statuses.index(BANNED)]
-    raise RequestError(
-        f"no token is left to choose at position {row.position}: logit_bias, or min_tokens with its stop tokens, bans "
-        "every one that the model allows"
-    )
+            raise bad_logits({NAN: "NaN", INFINITE: "+inf"}.get(status, "only -inf"), index, rows[index])
+    index = statuses.index(BANNED)
+    raise nothing_left(index, rows[index])

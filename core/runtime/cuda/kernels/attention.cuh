@@ -1,6 +1,10 @@
 // What both attention kernels share: the cache's type, its tensor-core step, and scores in powers of two.
 //
-// Macros: PH_HEAD_DIM (even), PH_BLOCK_SIZE, PH_KV_BF16 (else the cache is float16), PH_WINDOW, PH_SOFTCAP.
+// Macros: PH_HEAD_DIM (even), PH_BLOCK_SIZE, PH_KV_BF16 (else the cache is float16), PH_KV_FP8, PH_WINDOW, PH_SOFTCAP.
+//
+// With PH_KV_FP8 the cache holds e4m3 bytes and a float32 scale for each of its rows; PH_KV_BF16 then tells what bytes
+// are widened to, exactly, for the tensor cores. The scales stay outside the products: a key's multiplies its score, a
+// value's the probability.
 //
 // Softmax is taken in base 2. `scale` is the score's scale times log2(e); with a soft cap, cap * tanh(scale * x / cap),
 // it is 2 * log2(e) * scale / cap and `cap` is log2(e) * cap.
@@ -15,6 +19,18 @@ typedef __nv_bfloat16 kv_t;
 typedef __half kv_t;
 #endif
 
+#ifdef PH_KV_FP8
+typedef u8 stored_t;
+// Probabilities times the values' scales are rounded to kv_t, which for float16 has a floor (2^-24) and a ceiling
+// (65504). Scales are at most 65504 / 448 = 146 with float16 activations, so 256 times them is below the ceiling, and
+// the floor 2^-24 / 256 times the largest code, 448, is what the activations' own type loses. Being a constant, and a
+// power of two, it leaves a row's result independent of the rows and keys beside it.
+constexpr float VALUE_UNIT = 256.0f;
+#else
+typedef kv_t stored_t;
+constexpr float VALUE_UNIT = 1.0f;
+#endif
+
 constexpr int D = PH_HEAD_DIM;
 static_assert(D % 2 == 0 && D <= 256, "head_dim is even and at most 256");
 
@@ -27,6 +43,34 @@ __device__ __forceinline__ u32 kv2_bits(float x, float y) {
 #endif
   return *reinterpret_cast<u32*>(&pair);
 }
+
+#ifdef PH_KV_FP8
+// Two e4m3 bytes, the low half of `pair`, as kv_t. NaN codes are never stored: a row with NaN has a scale of NaN.
+__device__ __forceinline__ u32 widen2(u32 pair) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890 && !defined(PH_KV_BF16)
+  u32 wide;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(wide) : "h"((u16)pair));
+  return wide;
+#else
+  // Exponent and mantissa move into their places, subnormals included; the biases differ by a power of two.
+  const u32 x = __byte_perm(pair, 0, 0x1404);  // bytes to the tops of the halves
+#ifdef PH_KV_BF16
+  const u32 wide = (x & 0x80008000u) | (x >> 4 & 0x07f007f0u);
+  const __nv_bfloat162 unit = __floats2bfloat162_rn(0x1p120f, 0x1p120f);
+  __nv_bfloat162 y = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&wide), unit);
+#else
+  const u32 wide = (x & 0x80008000u) | (x >> 1 & 0x3f803f80u);
+  const __half2 unit = __floats2half2_rn(256.0f, 256.0f);
+  __half2 y = __hmul2(*reinterpret_cast<const __half2*>(&wide), unit);
+#endif
+  return *reinterpret_cast<u32*>(&y);
+#endif
+}
+
+__device__ __forceinline__ uint4 widen(uint2 x) {
+  return make_uint4(widen2(x.x), widen2(x.x >> 16), widen2(x.y), widen2(x.y >> 16));
+}
+#endif
 
 // Two activations as two values of the cache's type.
 __device__ __forceinline__ u32 act2_to_kv2(u32 bits) {

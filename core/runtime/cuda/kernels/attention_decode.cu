@@ -29,6 +29,30 @@ template <typename T> __device__ __forceinline__ uint4 load8(const T* p, int d) 
   return v;
 }
 
+#ifdef PH_KV_FP8
+typedef uint2 eight_t;  // eight components as the cache holds them
+
+__device__ __forceinline__ eight_t load8_stored(const stored_t* p, int d) {
+  uint2 v = make_uint2(0, 0);
+  if (D % 8 == 0) {
+    if (d < D) v = ph_ldg64_once(p + d);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const u32 pair = d + 2 * i < D ? __ldg(reinterpret_cast<const u16*>(p + d + 2 * i)) : 0;
+      if (i < 2) v.x |= pair << 16 * i;
+      else v.y |= pair << 16 * (i - 2);
+    }
+  }
+  return v;
+}
+#else
+typedef uint4 eight_t;
+__device__ __forceinline__ uint4 load8_stored(const stored_t* p, int d) { return load8(p, d); }
+__device__ __forceinline__ uint4 widen(uint4 x) { return x; }
+#endif
+constexpr bool ALL_AT_ONCE = D <= 128 || sizeof(eight_t) == 8;  // registers hold a tile's keys and values
+
 // Lane 4g+t gets row g, columns 2t and 2t+1 of the transpose of an 8x8 tile held in the same way.
 __device__ __forceinline__ u32 transpose8x8(u32 x) {
   u32 y;
@@ -36,16 +60,17 @@ __device__ __forceinline__ u32 transpose8x8(u32 x) {
   return y;
 }
 
-__device__ __forceinline__ void load_values(uint4 (&v)[V_STEPS][4], const kv_t* cache, int row, int g, int t) {
+__device__ __forceinline__ void load_values(eight_t (&v)[V_STEPS][4], const stored_t* cache, int row, int g, int t) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {  // keys 2t, 2t+1, 2t+8, 2t+9 of the 16
     const i64 at = (i64)__shfl_sync(PH_FULL_MASK, row, 2 * t + (i & 1) + 4 * (i & 2)) * D;
 #pragma unroll
-    for (int c = 0; c < V_STEPS; ++c) v[c][i] = load8(cache + at, 64 * c + 8 * g);
+    for (int c = 0; c < V_STEPS; ++c) v[c][i] = load8_stored(cache + at, 64 * c + 8 * g);
   }
 }
 
-__device__ __forceinline__ void add_values(float (&acc)[4][4], const uint4 (&v)[4], const u32 (&p)[2]) {
+__device__ __forceinline__ void add_values(float (&acc)[4][4], const eight_t (&stored)[4], const u32 (&p)[2]) {
+  const uint4 v[4] = {widen(stored[0]), widen(stored[1]), widen(stored[2]), widen(stored[3])};
   const u32 w[4][4] = {{v[0].x, v[0].y, v[0].z, v[0].w},
                        {v[1].x, v[1].y, v[1].z, v[1].w},
                        {v[2].x, v[2].y, v[2].z, v[2].w},
@@ -61,11 +86,13 @@ __device__ __forceinline__ void add_values(float (&acc)[4][4], const uint4 (&v)[
 // Grid (splits, kv_heads * parts, rows). Part p of KV head h serves its query heads p*group .. (p+1)*group - 1. Split x
 // takes keys [i, i+1) * split_tokens, i counted from the first split that the window reaches. `work` holds (sequence,
 // row of qkv and out) per row, or is null: row z is sequence z. A negative sequence is padding. `counters` [rows,
-// kv_heads * parts] are zero before and after; `partial` needs no content.
+// kv_heads * parts] are zero before and after; `partial` needs no content. The scales, float32 for each row of the
+// caches, are read with PH_KV_FP8 only.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, D <= 64 ? 4 : D <= 128 ? 3 : 2)
-    ph_attend_decode(const act_t* qkv, const kv_t* k_cache, const kv_t* v_cache, act_t* out, const int* work,
+    ph_attend_decode(const act_t* qkv, const stored_t* k_cache, const stored_t* v_cache, act_t* out, const int* work,
                      const int* context_lens, const int* block_tables, float* partial, int* counters, int heads,
-                     int kv_heads, int group, int table_width, int split_tokens, int window, float scale, float cap) {
+                     int kv_heads, int group, int table_width, int split_tokens, int window, float scale, float cap,
+                     const float* k_scales, const float* v_scales) {
   __shared__ __align__(16) float merge[WARPS][8][MERGE];
   __shared__ float warp_max[WARPS][8], warp_sum[WARPS][8];
   __shared__ bool last;
@@ -118,33 +145,45 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, D <= 64 ? 4 : D <= 128 
   int next = tile < end ? cache_row(table, min(max(16 * tile + (lane & 15), low), high - 1), kv_heads, kv_head) : 0;
   for (; tile < end; tile += WARPS) {
     const int place = next;
-    uint4 k[K_STEPS][2], v[V_STEPS][4];
+    eight_t k[K_STEPS][2], v[V_STEPS][4];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {  // keys g, g+8
       const i64 at = (i64)__shfl_sync(PH_FULL_MASK, place, g + 8 * i) * D;
 #pragma unroll
-      for (int c = 0; c < K_STEPS; ++c) k[c][i] = load8(k_cache + at, 32 * c + 8 * t);
+      for (int c = 0; c < K_STEPS; ++c) k[c][i] = load8_stored(k_cache + at, 32 * c + 8 * t);
     }
-    if (D <= 128) load_values(v, v_cache, place, g, t);  // all under way before the first is used
+    if (ALL_AT_ONCE) load_values(v, v_cache, place, g, t);  // all under way before the first is used
+#ifdef PH_KV_FP8
+    const float k_scale = __ldg(k_scales + place), v_scale = __ldg(v_scales + place);  // of key lane % 16
+#endif
     if (tile + WARPS < end)
       next = cache_row(table, min(max(16 * (tile + WARPS) + (lane & 15), low), high - 1), kv_heads, kv_head);
 
     float s[4] = {}, s2[4] = {};  // two chains of products: half the latency
 #pragma unroll
     for (int c = 0; c < K_STEPS; ++c) {
-      const u32 a[4] = {k[c][0].x, k[c][1].x, k[c][0].y, k[c][1].y}, b[2] = {q[c].x, q[c].y};
+      const uint4 upper = widen(k[c][0]), lower = widen(k[c][1]);
+      const u32 a[4] = {upper.x, lower.x, upper.y, lower.y}, b[2] = {q[c].x, q[c].y};
       kv_mma(s, a, b);
-      const u32 a2[4] = {k[c][0].z, k[c][1].z, k[c][0].w, k[c][1].w}, b2[2] = {q[c].z, q[c].w};
+      const u32 a2[4] = {upper.z, lower.z, upper.w, lower.w}, b2[2] = {q[c].z, q[c].w};
       kv_mma(s2, a2, b2);
     }
-    if (D > 128) load_values(v, v_cache, place, g, t);  // registers do not hold both
+    if (!ALL_AT_ONCE) load_values(v, v_cache, place, g, t);
 
     // s[0], s[1]: key g of heads 2t, 2t+1; s[2], s[3]: key g+8
     const int key = 16 * tile + g;
     float shrink[2];
+#ifdef PH_KV_FP8
+    const float k_scale_of[2] = {__shfl_sync(PH_FULL_MASK, k_scale, g), __shfl_sync(PH_FULL_MASK, k_scale, g + 8)};
+    const float v_scale_of[2] = {__shfl_sync(PH_FULL_MASK, v_scale, g) * VALUE_UNIT,
+                                 __shfl_sync(PH_FULL_MASK, v_scale, g + 8) * VALUE_UNIT};
+#endif
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       s[i] += s2[i];
+#ifdef PH_KV_FP8
+      s[i] *= k_scale_of[i >> 1];
+#endif
 #ifdef PH_SOFTCAP
       s[i] = soften(s[i], scale, cap);
 #else
@@ -164,6 +203,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, D <= 64 ? 4 : D <= 128 
       sum[h] = sum[h] * shrink[h] + s[h] + s[h + 2];
       most[h] = m;
     }
+#ifdef PH_KV_FP8
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[i] *= v_scale_of[i >> 1];  // the sums are done
+#endif
     const u32 p[2] = {transpose8x8(kv2_bits(s[0], s[1])), transpose8x8(kv2_bits(s[2], s[3]))};
 #pragma unroll
     for (int c = 0; c < V_STEPS; ++c) {
@@ -192,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, D <= 64 ? 4 : D <= 128 
     float m = warp_max[0][head];
 #pragma unroll
     for (int w = 1; w < WARPS; ++w) m = fmaxf(m, warp_max[w][head]);
-    const float shrink = exp2_fast(most[h] - m);
+    const float shrink = exp2_fast(most[h] - m) / VALUE_UNIT;
     if (head < n) {
 #pragma unroll
       for (int c = 0; c < V_STEPS; ++c)

@@ -6,6 +6,8 @@
 // leaves the row's state as it is, so a row's result does not depend on the rows beside it nor on how its sequence was
 // cut into chunks.
 
+// An fp8 cache keeps this schedule and this memory: bytes arrive in the end of the buffer and are widened in place.
+
 #include "attention.cuh"
 
 constexpr int TILE = 64;  // queries, and keys
@@ -27,6 +29,72 @@ __device__ __forceinline__ int chunk_at(int row, int chunk) {
   return row * STRIDE + 8 * (SWIZZLE ? chunk ^ (row & 7) : chunk);
 }
 
+#ifdef PH_KV_FP8
+constexpr bool STAGED = D % 16 == 0;            // else loads are narrow, and widened on the way
+constexpr int STAGE = TILE * (2 * STRIDE - D);  // bytes of a buffer before those that arrive
+
+// Starts copying 64 rows of a cache to the end of their buffer. The caller commits, and widens what has come.
+__device__ __forceinline__ void fetch(kv_t* shared, const stored_t* cache, const int* rows) {
+  if (STAGED) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < TILE * CHUNKS / 2; i += THREADS) {
+      const int row = i / (CHUNKS / 2), d = i % (CHUNKS / 2) * 16;
+      ph_cp_async16(reinterpret_cast<u8*>(shared) + STAGE + 16 * i, cache + (i64)rows[row] * D + d);
+    }
+  } else if (D % 8 == 0) {
+    for (int i = threadIdx.x; i < TILE * CHUNKS; i += THREADS) {
+      const int row = i / CHUNKS, chunk = i % CHUNKS;
+      const uint2 x = 8 * chunk < D ? ph_ldg64(cache + (i64)rows[row] * D + 8 * chunk) : make_uint2(0, 0);
+      *reinterpret_cast<uint4*>(shared + chunk_at(row, chunk)) = widen(x);
+    }
+  } else {
+    for (int i = threadIdx.x; i < TILE * DP / 2; i += THREADS) {
+      const int row = i / (DP / 2), d = 2 * (i % (DP / 2));
+      *reinterpret_cast<u32*>(shared + chunk_at(row, d / 8) + d % 8) =
+          d < D ? widen2(__ldg(reinterpret_cast<const u16*>(cache + (i64)rows[row] * D + d))) : 0;
+    }
+  }
+}
+
+// Starts copying the scales of the same keys, which the caller commits together with the keys.
+__device__ __forceinline__ void fetch_scales(float (&shared)[2][TILE], const float* k_scales, const float* v_scales,
+                                             const int* rows) {
+  if (threadIdx.x >= TILE) return;
+  ph_cp_async4(&shared[0][threadIdx.x], k_scales + rows[threadIdx.x]);
+  ph_cp_async4(&shared[1][threadIdx.x], v_scales + rows[threadIdx.x]);
+}
+
+// Widens the bytes at a buffer's end to its rows; all threads call, after a barrier, and there is one at the end. The
+// wide rows of the upper half end before the bytes begin. Those of the lower half lie over bytes, which are held in
+// registers meanwhile: a batch of wide rows ends where its own bytes do or before, so later ones are still in place.
+__device__ __forceinline__ void widen_rows(kv_t* shared) {
+  if (!STAGED) return;
+  constexpr int HALF = TILE / 2 * CHUNKS;    // chunks of 8 components in half of the rows
+  constexpr int BATCHES = Q_SHARED ? 4 : 1;  // large heads leave no registers for half of the bytes
+  constexpr int BATCH = HALF / BATCHES;
+  constexpr int EACH = ph_div_up(BATCH, THREADS);
+  const uint2* stored = reinterpret_cast<const uint2*>(reinterpret_cast<u8*>(shared) + STAGE);
+#pragma unroll EACH
+  for (int i = threadIdx.x; i < HALF; i += THREADS)
+    *reinterpret_cast<uint4*>(shared + chunk_at(i / CHUNKS, i % CHUNKS)) = widen(stored[i]);
+#pragma unroll 1
+  for (int batch = HALF; batch < 2 * HALF; batch += BATCH) {
+    uint2 held[EACH];
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+      const int i = j * THREADS + threadIdx.x;
+      held[j] = i < BATCH ? stored[batch + i] : make_uint2(0, 0);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+      const int i = j * THREADS + threadIdx.x, at = batch + i;
+      if (i < BATCH) *reinterpret_cast<uint4*>(shared + chunk_at(at / CHUNKS, at % CHUNKS)) = widen(held[j]);
+    }
+  }
+  __syncthreads();
+}
+#else
 // Starts copying 64 rows of a cache to shared memory. The caller commits.
 __device__ __forceinline__ void fetch(kv_t* shared, const kv_t* cache, const int* rows) {
   if (D % 8 == 0) {
@@ -44,19 +112,25 @@ __device__ __forceinline__ void fetch(kv_t* shared, const kv_t* cache, const int
     }
   }
 }
+#endif
 
 __device__ __forceinline__ u32 load_query(const act_t* row, int d) {
   return d < D ? act2_to_kv2(ph_ldg32(row + d)) : 0;
 }
 
 // Grid (heads, tiles). `work` [tiles, 2] holds (sequence, first row); a negative sequence is padding. Sequence s owns
-// rows query_start[s] .. query_start[s+1] - 1 of qkv and out, the last of its context_lens[s] tokens.
+// rows query_start[s] .. query_start[s+1] - 1 of qkv and out, the last of its context_lens[s] tokens. The scales,
+// float32 for each row of the caches, are read with PH_KV_FP8 only.
 extern "C" __global__ void __launch_bounds__(PH_BOUNDS)
-    ph_attend_prefill(const act_t* qkv, const kv_t* k_cache, const kv_t* v_cache, act_t* out, const int* work,
+    ph_attend_prefill(const act_t* qkv, const stored_t* k_cache, const stored_t* v_cache, act_t* out, const int* work,
                       const int* query_start, const int* context_lens, const int* block_tables, int heads,
-                      int kv_heads, int table_width, int window, float scale, float cap) {
+                      int kv_heads, int table_width, int window, float scale, float cap, const float* k_scales,
+                      const float* v_scales) {
   extern __shared__ uint4 dynamic[];
   __shared__ int places[2][TILE];  // where the keys of this tile and of the next lie
+#ifdef PH_KV_FP8
+  __shared__ __align__(8) float scales[2][2][TILE];  // of the same keys: keys' and values'
+#endif
   kv_t* k_shared = reinterpret_cast<kv_t*>(dynamic);
   kv_t* v_shared = k_shared + TILE * STRIDE;
   kv_t* q_shared = v_shared + TILE * STRIDE;
@@ -87,6 +161,9 @@ extern "C" __global__ void __launch_bounds__(PH_BOUNDS)
   if (threadIdx.x < TILE) places[tile & 1][threadIdx.x] = place(tile);
   __syncthreads();
   fetch(k_shared, k_cache, places[tile & 1]);
+#ifdef PH_KV_FP8
+  fetch_scales(scales[tile & 1], k_scales, v_scales, places[tile & 1]);
+#endif
   ph_cp_async_commit();
 
   // The warp's rows are 16 * warp + g (row 0) and + 8 (row 1); those beyond the chunk repeat its last.
@@ -124,6 +201,9 @@ extern "C" __global__ void __launch_bounds__(PH_BOUNDS)
   for (; tile < tiles; ++tile) {
     ph_cp_async_wait<0>();
     __syncthreads();  // the keys are here, and no warp needs the values of the tile before
+#ifdef PH_KV_FP8
+    widen_rows(k_shared);
+#endif
     fetch(v_shared, v_cache, places[tile & 1]);
     ph_cp_async_commit();
     const bool more = tile + 1 < tiles;
@@ -160,9 +240,20 @@ extern "C" __global__ void __launch_bounds__(PH_BOUNDS)
     if (threadIdx.x < TILE) places[(tile + 1) & 1][threadIdx.x] = next;
     __syncthreads();  // no warp needs these keys any more
     if (more) fetch(k_shared, k_cache, places[(tile + 1) & 1]);
+#ifdef PH_KV_FP8
+    if (more) fetch_scales(scales[(tile + 1) & 1], k_scales, v_scales, places[(tile + 1) & 1]);
+#endif
     ph_cp_async_commit();
 
     if (seen) {
+#ifdef PH_KV_FP8
+#pragma unroll
+      for (int i = 0; i < TILE / 8; ++i) {
+        const float2 of = *reinterpret_cast<const float2*>(&scales[tile & 1][0][8 * i + 2 * t]);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) s[i][j] *= j & 1 ? of.y : of.x;
+      }
+#endif
 #ifdef PH_SOFTCAP
 #pragma unroll
       for (int i = 0; i < TILE / 8; ++i)
@@ -206,9 +297,20 @@ extern "C" __global__ void __launch_bounds__(PH_BOUNDS)
           acc[i][2 * r + 1] *= shrink;
         }
       }
+#ifdef PH_KV_FP8
+#pragma unroll
+      for (int i = 0; i < TILE / 8; ++i) {
+        const float2 of = *reinterpret_cast<const float2*>(&scales[tile & 1][1][8 * i + 2 * t]);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) s[i][j] *= VALUE_UNIT * (j & 1 ? of.y : of.x);  // the sums are done
+      }
+#endif
     }
     ph_cp_async_wait<1>();
     __syncthreads();  // the values are here
+#ifdef PH_KV_FP8
+    widen_rows(v_shared);
+#endif
     if (seen) {
 #pragma unroll
       for (int i = 0; i < TILE / 16; ++i) {
@@ -229,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(PH_BOUNDS)
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = 16 * warp + g + 8 * r;
-    const float total = ph_warp_sum<4>(sum[r]);
+    const float total = ph_warp_sum<4>(sum[r]) * VALUE_UNIT;
     if (row >= rows) continue;
     act_t* of = out + ((i64)(first_row + row) * heads + head) * D;
 #pragma unroll

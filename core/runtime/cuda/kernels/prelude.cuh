@@ -139,6 +139,15 @@ __device__ __forceinline__ void ph_cp_async16(void* shared, const void* global, 
 #endif
 }
 
+// 4 bytes, both addresses aligned to 4.
+__device__ __forceinline__ void ph_cp_async4(void* shared, const void* global) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(ph_shared_address(shared)), "l"(global) : "memory");
+#else
+  *reinterpret_cast<u32*>(shared) = *reinterpret_cast<const u32*>(global);
+#endif
+}
+
 __device__ __forceinline__ void ph_cp_async_commit() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");

@@ -2,11 +2,27 @@
 // paged cache. A warp takes one head of one token; lane l holds components 2l and 2l+1 of every 64.
 //
 // Macros: PH_HEAD_DIM (even), PH_BLOCK_SIZE, PH_ROPE_PAIRS (0: no rotation), PH_INTERLEAVED (else the pairs are
-// halves), PH_Q_NORM and PH_K_NORM (0 none, 1 RMSNorm, 2 LayerNorm), PH_KV_BF16 (else the cache is float16).
+// halves), PH_Q_NORM and PH_K_NORM (0 none, 1 RMSNorm, 2 LayerNorm), PH_KV_BF16 (else the cache is float16), PH_KV_FP8
+// (e4m3 instead, and for each head of a token the float32 scale that makes its largest component 448).
 
 #include "prelude.cuh"
 
-#ifdef PH_KV_BF16
+#ifdef PH_KV_FP8
+typedef u16 kv2_t;
+
+// The e4m3 code of x: to nearest even, 448 at most. In software, so that every GPU stores the same bytes.
+__device__ __forceinline__ u32 to_e4m3(float x) {
+  const u32 sign = __float_as_uint(x) >> 24 & 0x80u;
+  const float a = fminf(fabsf(x), 448.0f);
+  // Subnormals are multiples of 2^-9, as are floats from 2^14 on; of others 20 bits of the mantissa are rounded away.
+  const u32 tiny = __float_as_uint(a + 0x1p14f) - __float_as_uint(0x1p14f);
+  const u32 bits = __float_as_uint(a);
+  const u32 code = ((bits + 0x7ffffu + (bits >> 20 & 1)) >> 20) - ((127 - 7) << 3);
+  return sign | (a < 0x1p-6f ? tiny : code);
+}
+
+__device__ __forceinline__ kv2_t to_kv2(float2 x) { return (u16)(to_e4m3(x.x) | to_e4m3(x.y) << 8); }
+#elif defined(PH_KV_BF16)
 typedef __nv_bfloat162 kv2_t;
 __device__ __forceinline__ kv2_t to_kv2(float2 x) { return __floats2bfloat162_rn(x.x, x.y); }
 #else
@@ -82,12 +98,14 @@ __device__ __forceinline__ void rotate(float2 (&x)[ITEMS], const float* cos, con
 #endif
 
 // qkv [N, heads + 2 * kv_heads, D]: q and k are changed in place, k and v go to the caches [blocks, kv_heads,
-// PH_BLOCK_SIZE, D]. cos and sin are [context, PH_ROPE_PAIRS]. A negative position marks a row of padding.
+// PH_BLOCK_SIZE, D]. cos and sin are [context, PH_ROPE_PAIRS]. A negative position marks a row of padding. The scales
+// [blocks, kv_heads, PH_BLOCK_SIZE] are written with PH_KV_FP8 only.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     ph_store_kv(act_t* qkv, kv2_t* k_cache, kv2_t* v_cache, const int* positions, const int* sequences,
                 const int* block_tables, const float* cos, const float* sin, const float* q_weight,
                 const float* q_bias, const float* k_weight, const float* k_bias, int heads, int kv_heads,
-                int table_width, float q_eps, float k_eps) {
+                int table_width, float q_eps, float k_eps,
+                float* k_scales, float* v_scales) {
 #if PH_ROPE_PAIRS > 0 && !defined(PH_INTERLEAVED)
   __shared__ float staged[WARPS][D];
 #endif
@@ -126,6 +144,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   const int kv_head = (head - heads) % kv_heads;
   const i64 block = block_tables[(i64)sequences[row] * table_width + position / PH_BLOCK_SIZE];
   const i64 slot = (block * kv_heads + kv_head) * PH_BLOCK_SIZE + position % PH_BLOCK_SIZE;
+#ifdef PH_KV_FP8
+  u32 most = 0;  // as bits, where NaN is above infinity: a head with either gets it for its scale
+#pragma unroll
+  for (int i = 0; i < ITEMS; ++i)
+    most = max(most, max(__float_as_uint(fabsf(x[i].x)), __float_as_uint(fabsf(x[i].y))));
+#pragma unroll
+  for (int step = 16; step; step /= 2) most = max(most, __shfl_xor_sync(PH_FULL_MASK, most, step));
+  float scale = __uint_as_float(most) / 448.0f;
+  if (scale < 0x1p-126f) scale = 1.0f;  // zero, or too small to divide by
+  if (lane == 0) (is_k ? k_scales : v_scales)[slot] = scale;
+#pragma unroll
+  for (int i = 0; i < ITEMS; ++i) x[i] = make_float2(x[i].x / scale, x[i].y / scale);
+#endif
   kv2_t* cache = (is_k ? k_cache : v_cache) + slot * (D / 2);
 #pragma unroll
   for (int i = 0; i < ITEMS; ++i)

@@ -20,7 +20,7 @@ from ....arch import Attention
 from ..context import Context
 from ..memory import Array
 from ..variants import Variant
-from .checks import HALVES, expect, expect_array
+from .checks import BYTES, HALVES, Scales, expect, expect_array, expect_cache
 
 #: Rows of a prefill tile, and keys of a step.
 TILE = 64
@@ -39,13 +39,15 @@ _NULL = np.uint64(0)
 def _macros(
     head_dim: int, block_size: int, window: bool, softcap: bool, dtype: str, kv_dtype: str
 ) -> Mapping[str, object]:
+    fp8 = kv_dtype == BYTES  # which tensor cores get as the activations' type
     return {
         "PH_HEAD_DIM": head_dim,
         "PH_BLOCK_SIZE": block_size,
         "PH_WINDOW": window,
         "PH_SOFTCAP": softcap,
         "PH_ACT_BF16": dtype == "bf16",
-        "PH_KV_BF16": kv_dtype == "bf16",
+        "PH_KV_BF16": (dtype if fp8 else kv_dtype) == "bf16",
+        "PH_KV_FP8": fp8,
     }
 
 
@@ -65,6 +67,15 @@ VARIANTS = tuple(
         (256, 16, False, False, "bf16", "f16"),
         (10, 3, True, False, "f16", "bf16"),
         (2, 1, False, True, "f16", "f16"),
+        (64, 16, False, False, "f16", BYTES),
+        (80, 16, False, False, "f16", BYTES),
+        (96, 16, False, False, "f16", BYTES),
+        (128, 16, False, False, "f16", BYTES),
+        (128, 16, True, True, "bf16", BYTES),
+        (256, 16, True, True, "f16", BYTES),
+        (256, 16, False, False, "bf16", BYTES),
+        (40, 3, False, False, "f16", BYTES),
+        (10, 3, True, False, "f16", BYTES),
     )
 )
 
@@ -84,19 +95,20 @@ def attend_decode(
     max_context: int | None = None,
     work: Array | None = None,
     split_tokens: int | None = None,
+    scales: Scales | None = None,
 ) -> None:
     """Attention of one token per sequence, the last of its context, whose K and V are in the cache already.
 
     ``qkv`` is [N, q | k | v] in f16 or bf16, of which q is read, ``out`` [N, heads · head_dim] of the same type; caches
-    as store_kv. ``context_lens`` i32 [S], at most ``max_context`` each, which is by default what ``block_tables`` i32
-    [S, B] can reach. ``work`` i32 [R, 2] lists (sequence, row); without it row s is sequence s. A negative sequence is
-    padding and skipped, an empty context gives zeros. ``scratch`` has scratch_bytes(…) bytes with any content.
-    ``counters`` i32 [counters(…)] must be zero before the first launch, are zero after each, and belong to this
-    kernel alone. Layers may share both, streams may not.
+    and ``scales`` as store_kv. ``context_lens`` i32 [S], at most ``max_context`` each, which is by default what
+    ``block_tables`` i32 [S, B] can reach. ``work`` i32 [R, 2] lists (sequence, row); without it row s is sequence s. A
+    negative sequence is padding and skipped, an empty context gives zeros. ``scratch`` has scratch_bytes(…) bytes with
+    any content. ``counters`` i32 [counters(…)] must be zero before the first launch, are zero after each, and belong to
+    this kernel alone. Layers may share both, streams may not.
     Raises DeviceError for shapes that do not go together.
     """
     op = "attend_decode"
-    _check(op, qkv, k_cache, v_cache, out, context_lens, block_tables, spec)
+    _check(op, qkv, k_cache, v_cache, scales, out, context_lens, block_tables, spec)
     if work is None:
         rows = context_lens.size
         expect(op, qkv.shape[0] >= rows, f"{rows} sequences, but qkv is {qkv}: give the list of work")
@@ -141,6 +153,7 @@ def attend_decode(
         spec.window or 0,
         scale,
         cap,
+        *((_NULL, _NULL) if scales is None else scales),
         macros=_spec_macros(spec, qkv, k_cache),
     )
 
@@ -156,6 +169,8 @@ def attend_prefill(
     block_tables: Array,
     work: Array,
     spec: Attention,
+    *,
+    scales: Scales | None = None,
 ) -> None:
     """Causal attention of chunks, each the last rows of its sequence's context, whose K and V are in the cache already.
 
@@ -164,7 +179,7 @@ def attend_prefill(
     ``work`` are left alone. Raises DeviceError for shapes that do not go together.
     """
     op = "attend_prefill"
-    _check(op, qkv, k_cache, v_cache, out, context_lens, block_tables, spec)
+    _check(op, qkv, k_cache, v_cache, scales, out, context_lens, block_tables, spec)
     expect_array(op, "work", work, ("i32",), (None, 2))
     expect_array(op, "query_start", query_start, ("i32",), (context_lens.size + 1,))
     if work.shape[0] == 0:
@@ -189,6 +204,7 @@ def attend_prefill(
         spec.window or 0,
         scale,
         cap,
+        *((_NULL, _NULL) if scales is None else scales),
         shared=prefill_shared_bytes(spec.head_dim),
         macros=_spec_macros(spec, qkv, k_cache),
     )
@@ -287,6 +303,7 @@ def _check(
     qkv: Array,
     k_cache: Array,
     v_cache: Array,
+    scales: Scales | None,
     out: Array,
     context_lens: Array,
     block_tables: Array,
@@ -296,8 +313,7 @@ def _check(
     expect(op, dim % 2 == 0 and dim <= MAX_HEAD_DIM, f"head_dim is {dim}, expected an even number up to {MAX_HEAD_DIM}")
     expect_array(op, "qkv", qkv, HALVES, (None, spec.q_size + 2 * spec.kv_size))
     expect_array(op, "out", out, (qkv.dtype,), (qkv.shape[0], spec.q_size))
-    expect_array(op, "k_cache", k_cache, HALVES, (None, spec.kv_heads, None, dim))
-    expect_array(op, "v_cache", v_cache, (k_cache.dtype,), k_cache.shape)
+    expect_cache(op, k_cache, v_cache, scales, spec.kv_heads, dim)
     expect(op, k_cache.size // dim < 2**31, f"the cache {k_cache} has 2^31 rows or more")
     expect_array(op, "context_lens", context_lens, ("i32",), (None,))
     expect_array(op, "block_tables", block_tables, ("i32",), (context_lens.size, None))

@@ -7,6 +7,10 @@ from ..memory import Array
 
 #: What activations and the KV cache may be stored as.
 HALVES = ("f16", "bf16")
+#: What else the KV cache may be: e4m3 bytes, with scales.
+BYTES = "u8"
+#: The scales of K and of V, f32 [blocks, kv_heads, block_size] each, where the cache holds bytes.
+Scales = tuple[Array, Array]
 #: What kernels that read or write either side of a projection take.
 FLOATS = ("f32", "f16", "bf16")
 
@@ -23,3 +27,12 @@ def expect_array(op: str, name: str, array: Array, dtypes: tuple[str, ...], shap
     if array.dtype not in dtypes or not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise DeviceError(f"{op}: {name} is {array}, expected {' or '.join(dtypes)} [{wanted}]")
+
+
+def expect_cache(op: str, k: Array, v: Array, scales: Scales | None, kv_heads: int, head_dim: int) -> None:
+    """Raises DeviceError unless K and V [blocks, kv_heads, block_size, head_dim] and their scales go together."""
+    expect_array(op, "k_cache", k, (*HALVES, BYTES), (None, kv_heads, None, head_dim))
+    expect_array(op, "v_cache", v, (k.dtype,), k.shape)
+    expect(op, (scales is None) == (k.dtype != BYTES), f"the cache is {k}: scales go with {BYTES}, and only with it")
+    for name, array in zip(("k_scales", "v_scales"), scales or (), strict=False):
+        expect_array(op, name, array, ("f32",), k.shape[:3])

@@ -11,7 +11,7 @@ from ....arch import Attention, LayerNorm, Norm
 from ..context import Context
 from ..memory import Array
 from ..variants import Variant
-from .checks import HALVES, expect, expect_array
+from .checks import BYTES, HALVES, Scales, expect, expect_array, expect_cache
 
 _WARPS = 4
 _NULL = np.uint64(0)
@@ -36,6 +36,7 @@ def _macros(
         "PH_K_NORM": k_norm,
         "PH_ACT_BF16": dtype == "bf16",
         "PH_KV_BF16": kv_dtype == "bf16",
+        "PH_KV_FP8": kv_dtype == BYTES,
     }
 
 
@@ -50,6 +51,8 @@ VARIANTS = tuple(
         (80, 16, 16, False, 2, 2, "f16", "f16"),
         (10, 3, 3, False, 0, 1, "bf16", "f16"),
         (6, 1, 2, True, 2, 0, "f16", "bf16"),
+        (64, 16, 32, True, 0, 0, "f16", BYTES),
+        (128, 16, 64, False, 1, 1, "bf16", BYTES),
     )
 )
 
@@ -65,11 +68,13 @@ def store_kv(
     block_tables: Array,
     k_cache: Array,
     v_cache: Array,
+    scales: Scales | None = None,
 ) -> None:
     """In place on ``qkv`` [N, q | k | v]: norms of heads, rotation of q and k; then k and v into the caches.
 
     ``qkv`` is f16 or bf16, ``k_cache`` and ``v_cache`` are f16 or bf16 [blocks, kv_heads, block_size, head_dim] and get
-    the float32 values rounded once. ``positions`` and ``sequences`` are i32 [N], ``block_tables`` i32 [S, B]; a row
+    the float32 values rounded once; or u8, which get e4m3 codes, and ``scales`` what they are multiples of: the largest
+    component of a head becomes 448. ``positions`` and ``sequences`` are i32 [N], ``block_tables`` i32 [S, B]; a row
     with a negative position is padding and left alone. ``turn`` and ``norms``, those of q and of k, must agree with
     ``spec`` on what there is. Raises DeviceError for shapes that do not go together.
     """
@@ -78,8 +83,7 @@ def store_kv(
     total_heads = spec.heads + 2 * spec.kv_heads
     expect(op, dim % 2 == 0 and dim <= 256, f"head_dim is {dim}, expected an even number up to 256")
     expect_array(op, "qkv", qkv, HALVES, (None, total_heads * dim))
-    expect_array(op, "k_cache", k_cache, HALVES, (None, spec.kv_heads, None, dim))
-    expect_array(op, "v_cache", v_cache, (k_cache.dtype,), k_cache.shape)
+    expect_cache(op, k_cache, v_cache, scales, spec.kv_heads, dim)
     expect_array(op, "positions", positions, ("i32",), (rows,))
     expect_array(op, "sequences", sequences, ("i32",), (rows,))
     expect_array(op, "block_tables", block_tables, ("i32",), (None, None))
@@ -112,6 +116,7 @@ def store_kv(
         block_tables.shape[1],
         0.0 if spec.q_norm is None else spec.q_norm.eps,
         0.0 if spec.k_norm is None else spec.k_norm.eps,
+        *((_NULL, _NULL) if scales is None else scales),
         macros=_macros(
             dim, k_cache.shape[2], pairs, interleaved, _kind(spec.q_norm), _kind(spec.k_norm), qkv.dtype, k_cache.dtype
         ),
