@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def told(error: BaseException) -> str:
+def summary(error: BaseException) -> str:
     """Type and message of an error that foreign code raised; safe even where its ``__str__`` fails."""
     try:
         return f"{type(error).__name__}: {error}"

@@ -12,12 +12,16 @@ from .architecture import Architecture
 from .errors import TemplateError
 from .gguf import GGUFFile, open_gguf
 from .plugins import Plugin, Registry
+from .sources.local import expand
 from .weights import Claims, claim
 
 if TYPE_CHECKING:
     from .arch import Decoder
     from .chat import ChatTemplate
     from .tokenizer import Tokenizer
+
+MAX_NAME = 100
+"""Most characters of a model's name that are shown; a file may hold a megabyte."""
 
 
 class Model:
@@ -72,9 +76,11 @@ class Model:
 
     @property
     def name(self) -> str:
-        """What the file calls itself, or its file name."""
+        """What the file calls itself, on one line of at most MAX_NAME characters, or its file name."""
         name = self.file.metadata.get("general.name")
-        return name if isinstance(name, str) and name.strip() else self.path.stem
+        text = name.strip()[: 4 * MAX_NAME] if isinstance(name, str) else ""
+        line = " ".join("".join(char if char.isprintable() else " " for char in text).split()) or self.path.stem
+        return line if len(line) <= MAX_NAME else line[: MAX_NAME - 1] + "…"
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -82,7 +88,7 @@ class Model:
         from .tokenizer import Tokenizer
 
         if self._tokenizer_path is not None:
-            path = self.path.parent / Path(self._tokenizer_path).expanduser()
+            path = self.path.parent / expand(self._tokenizer_path)
             return Tokenizer.from_json(path, self.file.metadata)
         return Tokenizer.from_gguf(self.file.metadata)
 

@@ -18,7 +18,7 @@ import pluggy
 
 from .arch import Decoder, Metadata, Module
 from .architecture import Architecture
-from .errors import ConfigError, MissingKeyError, PluginError, PolyheadError
+from .errors import ConfigError, MissingKeyError, PluginError, PolyheadError, summary
 from .plugin_checks import check_modules, read_plugin
 from .runtime.modules import ModuleKind
 
@@ -121,7 +121,7 @@ class Registry:
         except PolyheadError:
             raise
         except (Exception, SystemExit) as error:
-            raise PluginError(f"plugin {plugin.origin} failed on this file: {type(error).__name__}: {error}") from error
+            raise PluginError(f"plugin {plugin.origin} failed on this file: {summary(error)}") from error
         unread = [key for key in meta.unread() if key not in ignore]
         if unread:
             shown = ", ".join(f"{_short(key)} = {_short(repr(values[key]))}" for key in unread[:_MOST_SHOWN])
@@ -147,7 +147,7 @@ class Registry:
                 taken = [name for name, command in before.items() if cli.commands.get(name) is not command]
                 problem = f"redefines the command {', '.join(taken)}" if taken else ""
             except (Exception, SystemExit) as error:
-                problem = f"{type(error).__name__}: {error}"
+                problem = summary(error)
             if problem:
                 cli.commands.clear()
                 cli.commands.update(before)
@@ -220,7 +220,7 @@ def _installed() -> Iterator[importlib_metadata.EntryPoint]:
         yield from importlib_metadata.entry_points(group=GROUP)
         return
     except Exception as error:  # one distribution with unreadable metadata; the others need not suffer
-        _log.warning("an installed package has broken entry points (%s: %s)", type(error).__name__, error)
+        _log.warning("an installed package has broken entry points (%s)", summary(error))
     for distribution in importlib_metadata.distributions():
         try:
             yield from [entry for entry in distribution.entry_points if entry.group == GROUP]
@@ -243,7 +243,7 @@ def _load(plugin: Plugin, entry: importlib_metadata.EntryPoint) -> None:
     except PluginError as error:
         plugin.fail(str(error))
     except Exception as error:
-        plugin.fail(f"{type(error).__name__}: {error}")
+        plugin.fail(summary(error))
     except SystemExit as error:  # a module that calls sys.exit() at import must not end the command
         plugin.fail(f"called sys.exit({error.code!r}) while it was loaded")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .linear import Linear
 from .norm import Norm
 from .position import Rope
-from .tensors import TensorSpec, check, check_positive, within
+from .tensors import MOST_POSITIONS, TensorSpec, check, check_positive, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,10 @@ class Attention:
             )
         if self.window is not None:
             check_positive("Attention", window=self.window)
+            check(
+                self.window <= MOST_POSITIONS,
+                f"Attention: window is {self.window}, expected at most {MOST_POSITIONS}",
+            )
         for name, value in (("softcap", self.softcap), ("scale", self.scale)):
             check(
                 value is None or (math.isfinite(value) and value > 0),

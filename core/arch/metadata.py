@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from ..errors import ConfigError, MissingKeyError, TensorError
+from .tensors import MOST_POSITIONS
 
 T = TypeVar("T")
 
@@ -18,7 +19,6 @@ class _Required:
 
 
 REQUIRED: Final[Any] = _Required()
-_MOST_CONTEXT = 2**31 - 1  # positions are int32 on every device
 
 
 class Metadata:
@@ -92,7 +92,7 @@ class Metadata:
 
     def context(self) -> int:
         """``{architecture}.context_length``."""
-        return self.get(int, "context_length", minimum=1, maximum=_MOST_CONTEXT)
+        return self.get(int, "context_length", minimum=1, maximum=MOST_POSITIONS)
 
     def require(self, **expected: Any) -> None:
         """Refuses a file in which a key is present and differs; write ``attention__causal`` for ``attention.causal``.
@@ -139,10 +139,14 @@ class Metadata:
         return tuple(self._tensors[name])
 
     def vocab(self, embedding: str = "token_embd.weight") -> int:
-        """Rows of the token embedding: the vocabulary, padding included."""
+        """Rows of the token embedding: the vocabulary, padding included.
+
+        Raises ConfigError where ``{architecture}.vocab_size`` says more rows, or is no count at all.
+        """
         shape = self.tensor_shape(embedding)
         if len(shape) != 2:
             raise TensorError(f"{embedding} has shape {list(shape)}, expected two dimensions")
+        self.get(int, "vocab_size", shape[0], minimum=1, maximum=shape[0])  # fewer: the rest is padding
         return shape[0]
 
     def _get(self, kind: type[T], full: str, default: Any, minimum: float | None, maximum: float | None) -> T:

@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 
 from ..errors import ConfigError
 
+MOST_POSITIONS = 2**31 - 1
+"""Positions are int32 on every device."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import RequestError
+from ..errors import DeviceError, RequestError
 
 if TYPE_CHECKING:
     from ..llm import LLM
@@ -66,7 +66,8 @@ def perplexity(
 
     Windows advance by ``stride`` (default half a window). BOS is put before every window where the model was trained
     with it, and takes one place; without it the very first token has nothing before it and is not scored. Names of
-    control tokens in the text are text. Raises RequestError for a text or numbers that cannot be used.
+    control tokens in the text are text. Raises RequestError for a text or numbers that cannot be used,
+    DeviceError where the model's logits are not finite.
     """
     most = llm.plan.context
     context = min(DEFAULT_CONTEXT, most) if context is None else context
@@ -95,6 +96,11 @@ def perplexity(
         # The row before a token predicts it.
         rows = logits[scored - begin + len(bos) - 1 : end - begin + len(bos) - 1]
         losses.append(_nll(rows, ids[scored:end]))
+        if not np.isfinite(losses[-1]).all():
+            raise DeviceError(
+                f"the model's logits for tokens {scored:,} to {end - 1:,} of the text are not finite numbers, so there "
+                f"is no perplexity; weights of {llm.model.name} are damaged or overflow"
+            )
         count += 1
         so_far = float(np.concatenate(losses).mean())
         tick(end, len(ids), f"tokens, perplexity {_exp(so_far):.4g}")
@@ -111,7 +117,8 @@ def _nll(logits: NDArray[np.float32], targets: list[int]) -> NDArray[np.float64]
     for start in range(0, len(targets), _ROWS):
         rows = logits[start : start + _ROWS].astype(np.float64)
         highest = rows.max(axis=1)
-        total = np.log(np.exp(rows - highest[:, None]).sum(axis=1)) + highest
+        with np.errstate(invalid="ignore"):  # logits that are not finite are the caller's to report
+            total = np.log(np.exp(rows - highest[:, None]).sum(axis=1)) + highest
         parts.append(total - rows[np.arange(len(rows)), targets[start : start + _ROWS]])
     return np.concatenate(parts) if parts else np.empty(0)
 

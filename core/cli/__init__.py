@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
 
 from .. import __version__
-from .console import verbosity
+from .console import Console, lost_output, verbosity
 from .group import CommandGroup, LazyCommand
 
 COMMANDS = (
@@ -38,6 +39,9 @@ def cli() -> None:
 
 def main() -> int:
     """The console script. Returns or exits with 0, 1 (internal error), 2 (something the user can change) or 130."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # Closed by whoever started this, as a shell does with >&-.
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # A terminal that cannot show a character gets a '?', not a traceback.
             stream.reconfigure(errors="replace")
@@ -45,4 +49,10 @@ def main() -> int:
         cli.main(prog_name="polyhead")
     except KeyboardInterrupt:
         return 130
+    except OSError as error:  # From click's own --help and --version; commands report theirs themselves.
+        message = lost_output(error)
+        if message is None:
+            raise
+        Console().error(message)
+        return 2
     return 0

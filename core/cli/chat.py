@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import CapacityError, RequestError
+from ..errors import CapacityError, RequestError, TemplateError
 from .console import Console, is_terminal, pass_console, printable, verbosity
 from .loading import load_settings, open_llm
 from .options import settings, source_argument
@@ -42,7 +42,12 @@ def command(console: Console, source: str, overrides: list[str]) -> None:
         params = llm.default_params
         if "max_tokens" not in loaded.config.sampling.model_fields_set:
             params = replace(params, max_tokens=max(llm.plan.context, params.min_tokens))
-        llm.model.chat_template  # noqa: B018 - a model that cannot chat is refused before the first question
+        if not llm.model.has_chat_template:
+            raise TemplateError(
+                f"{llm.model.name} has no chat template, so it cannot chat: it is probably a base model. "
+                "polyhead run continues text with it; or give model.chat_template"
+            )
+        llm.model.chat_template  # noqa: B018 - a template that cannot be used is refused before the first question
         talk = Conversation(console, llm, params)
         if sys.stdin.isatty():
             console.note(f"polyhead: {HELP}")

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
 
+from ..errors import SourceError
+
 State = Literal["ok", "warn", "missing", "broken"]
 
-# What each extra of the distribution is for, in the words of someone who has never heard of it.
+# What each extra that this version makes use of is for, in the words of someone who has never heard of it.
 EXTRAS = {
     "cu13": "running on NVIDIA GPUs with a driver for CUDA 13",
     "cu12": "running on NVIDIA GPUs with an older driver, for CUDA 12",
-    "server": "serving a model to other programs over HTTP",
     "hub": "fetching models from the Hugging Face hub (hf://…)",
-    "structured": "making a model answer in a given form, such as JSON",
 }
 _MOST_FILES = 100_000
 
@@ -160,8 +160,12 @@ def check_extras() -> Iterator[Check]:
 def check_cache() -> Iterator[Check]:
     from ..sources import cache_folder
 
-    folder = cache_folder()
     help_ = "set POLYHEAD_CACHE to a folder that you may write to"
+    try:
+        folder = cache_folder()
+    except SourceError as error:
+        yield Check("warn", "model cache", str(error), help_)
+        return
     if not folder.exists():
         parent = next(parent for parent in folder.parents if parent.exists())
         if os.access(parent, os.W_OK):

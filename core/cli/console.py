@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
 import click
@@ -19,10 +20,22 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 # be able to command the terminal.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
 
 def printable(text: str) -> str:
     """The text with control characters and lone surrogates written as escapes."""
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def lost_output(error: OSError) -> str | None:
+    """What to tell of an error that means that standard output takes no more, as on a full disk; None for others."""
+    if error.filename is not None or error.errno not in _FULL:
+        return None
+    # Python flushes once more as it ends, and would complain once more.
+    with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    return f"standard output cannot be written: {error.strerror}"
 
 
 class Console:

@@ -6,12 +6,15 @@ import difflib
 import sys
 import traceback
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from ..errors import PolyheadError
-from .console import Console
+from .console import Console, lost_output
+
+if TYPE_CHECKING:
+    from ..plugins import Registry
 
 
 class LazyCommand(click.Command):
@@ -37,13 +40,13 @@ class CommandGroup(click.Group):
         command = self.commands.get(cmd_name)
         return command.load() if isinstance(command, LazyCommand) else command
 
-    def ask_plugins(self, console: Console) -> list[str]:
-        """Lets plugins add their commands, once; the names of all that are not built in."""
+    def ask_plugins(self, console: Console, registry: Registry | None = None) -> list[str]:
+        """Lets plugins (those of ``registry``, or all) add their commands, once; the names of all not built in."""
         if not self._asked_plugins:
             from ..plugins import discover
 
             self._asked_plugins = True
-            discover().register_commands(self, console.warn)
+            (registry or discover()).register_commands(self, console.warn)
         return sorted(name for name, command in self.commands.items() if not isinstance(command, LazyCommand))
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -79,6 +82,8 @@ class CommandGroup(click.Group):
         except (KeyboardInterrupt, click.Abort):
             ctx.exit(130)
         except (Exception, RecursionError) as error:
+            if isinstance(error, OSError) and (lost := lost_output(error)):
+                self._fail(ctx, console, lost, 2, error)
             advice = "" if console.verbose else " (run with -v for the traceback)"
             what = " ".join(str(error).split())
             message = f"internal error: {type(error).__name__}{': ' if what else ''}{what}{advice}"

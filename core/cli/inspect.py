@@ -111,10 +111,7 @@ def _memory(model: Model, config: RunConfig) -> tuple[dict[str, Any], str]:
             f"; with a K/V head for every query head (MHA) it would be {size_text(mha)}, "
             f"{mha / plan.kv_bytes_per_token:.3g} times as much"
         )
-    fits = f"It fits: context {plan.context:,}"
-    if plan.context < plan.model_context:
-        fits += f" of the model's {plan.model_context:,}"
     full = plan.num_blocks * plan.block_size // plan.context
-    fits += f", {min(full, plan.max_batch):,} sequences at full context at once"
+    fits = f"It fits: context {plan.context_text}, {min(full, plan.max_batch):,} sequences at full context at once"
     rows = "\n".join((f"Memory on {note}", plan.table(), kv, fits))
     return {**dataclasses.asdict(plan), "kv": plan.kv, "used": plan.used, "mha_kv_bytes_per_token": mha}, rows

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..errors import ConfigError
 from . import facts
 from .console import Console
 
@@ -30,11 +31,22 @@ def load_settings(console: Console, source: str, overrides: Sequence[str]) -> Lo
     """The configuration that a CONFIG or MODEL argument and the command line's settings make."""
     from ..config import load_config, show
 
+    if not source.strip():  # else it would be taken for the current folder
+        raise ConfigError("CONFIG|MODEL is empty; give a YAML file, a .gguf file, hf://… or pypi://…")
     loaded = load_config(source, overrides=overrides)
     for key, value, origin in show(loaded) if console.verbose else ():
         if origin != "default":
             console.detail(f"polyhead: {key} = {value!r} ({origin})")
     return loaded
+
+
+def look_for_model(loaded: LoadedConfig) -> None:
+    """Raises SourceError where the model should be on this machine and is not: no prompt is worth reading then."""
+    from ..sources import LocalModel, parse_reference, resolve_model
+
+    path = loaded.config.model.path
+    if isinstance(parse_reference(path), LocalModel):
+        resolve_model(path)
 
 
 def summary(llm: LLM, seconds: float) -> str:
@@ -45,5 +57,5 @@ def summary(llm: LLM, seconds: float) -> str:
         f"polyhead: {llm.model.name} · {facts.architecture_text(llm.model)} · "
         f"{facts.count_text(facts.parameters(tensors))} weights in {size / 1e6:,.1f} MB "
         f"({facts.mix_text(facts.type_mix(tensors))}) · {llm.device_note} · "
-        f"context {llm.plan.context:,} · loaded in {seconds:.1f} s"
+        f"context {llm.plan.context_text} · loaded in {seconds:.1f} s"
     )

@@ -7,7 +7,7 @@ import dataclasses
 import click
 
 from .console import Console, pass_console, table, verbosity
-from .loading import load_settings, open_llm
+from .loading import load_settings, look_for_model, open_llm
 from .options import json_option, settings, source_argument
 from .prompts import read_text
 
@@ -42,6 +42,7 @@ def command(
     if context is not None:
         overrides = [*overrides, f"runtime.context={context}"]
     loaded = load_settings(console, source, overrides)
+    look_for_model(loaded)
     text = read_text(file, strip=False)
     with open_llm(console, loaded) as llm, console.counting("polyhead: predicting") as tick:
         found = perplexity(llm, text, context=context, stride=stride, tick=tick)

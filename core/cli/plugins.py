@@ -27,9 +27,10 @@ def command(ctx: click.Context, console: Console, disable: tuple[str, ...], as_j
     """
     from ..plugins import GROUP, discover
 
-    plugins = discover(disable).plugins
+    registry = discover(disable)
+    plugins = registry.plugins
     root = ctx.find_root().command
-    added = root.ask_plugins(console) if isinstance(root, CommandGroup) else []
+    added = root.ask_plugins(console, registry) if isinstance(root, CommandGroup) else []
     if as_json:
         console.json({"plugins": [_record(plugin) for plugin in plugins], "commands": added})
         return

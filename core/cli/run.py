@@ -12,7 +12,7 @@ import click
 
 from ..errors import TemplateError
 from .console import Console, is_terminal, pass_console, printable, verbosity
-from .loading import load_settings, open_llm
+from .loading import load_settings, look_for_model, open_llm
 from .options import settings, source_argument
 from .prompts import gather
 
@@ -41,6 +41,7 @@ def command(
     chat=false to continue it as text). Several prompts run as one batch.
     """
     loaded = load_settings(console, source, overrides)
+    look_for_model(loaded)
     prompts = gather(texts, files, loaded.config)
     with open_llm(console, loaded) as llm:
         jobs = start(llm, prompts)

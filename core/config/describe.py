@@ -61,6 +61,7 @@ def shown(value: Any) -> str:
             text = json.dumps(value, ensure_ascii=False, default=lambda other: f"<{type(other).__name__}>")
         except (TypeError, ValueError):
             text = f"<{type(value).__name__}>"
+    text = text.encode("utf-8", "backslashreplace").decode()  # A lone surrogate cannot be printed.
     return text if len(text) <= _SHOWN else text[: _SHOWN - 2] + " …"
 
 

@@ -41,6 +41,8 @@ def from_file(path: Path, shown: str) -> tuple[Node, Problems]:
         raise ConfigError(f"{shown}: this is a folder; name a YAML file{_neighbours(path / 'config.yaml')}") from None
     except OSError as error:
         raise ConfigError(f"{shown}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # A NUL or a lone surrogate in the name.
+        raise ConfigError(f"{shown!r} cannot be the name of a file: {error}") from None
     if len(raw) > MAX_BYTES:
         raise ConfigError(f"{shown}: larger than {MAX_BYTES} bytes; this cannot be a configuration")
     try:

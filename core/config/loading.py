@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import ConfigError, SourceError
+from ..sources.local import expand
 from ..sources.reference import LocalModel, parse_reference
 from .describe import allowed, did_you_mean, field_at, fields, shown, unknown_key
 from .layers import Problems, from_environment, from_file, from_mapping, from_overrides
@@ -53,6 +54,7 @@ def load_config(
 
     Raises ConfigError with all that is wrong, one line each: where, the key, the value, what is allowed.
     """
+    _check_types(source, overrides)
     problems: Problems = []
     if isinstance(source, Mapping):
         root = _with_model_mapping(from_mapping(source))
@@ -61,7 +63,7 @@ def load_config(
         root = mapping({"model": mapping({"path": Node(path, "model", "model")}, "model")}, "model")
     else:
         name = os.fspath(source)
-        file = Path(name).expanduser()
+        file = Path(expand(name))
         root, problems = from_file(file, name)
         root = _anchored(_with_model_mapping(root), file.parent)
     if not isinstance(root.value, dict):
@@ -88,15 +90,27 @@ def show(loaded: LoadedConfig) -> list[tuple[str, Any, str]]:
     return rows
 
 
+def _check_types(source: Any, overrides: Any) -> None:
+    name = os.fspath(source) if isinstance(source, os.PathLike) else source
+    if not isinstance(name, str | Mapping):
+        raise ConfigError(f"a configuration is a path, a model's address or a mapping, not {type(name).__name__}")
+    listed = isinstance(overrides, Sequence) and not isinstance(overrides, str | bytes)
+    if not listed or not all(isinstance(item, str) for item in overrides):
+        raise ConfigError(f"overrides is {shown(overrides)}, expected a list of texts such as ['runtime.context=2048']")
+
+
 def _is_model(source: str) -> bool:
     if "://" in source or source.lower().endswith(".gguf"):
         return True
     if source.lower().endswith((".yaml", ".yml")):
         return False
+    path = Path(expand(source))
     try:
-        with Path(source).expanduser().open("rb") as file:
+        if not path.is_file():  # What is read from a pipe to look at it would be lost to whoever reads it next.
+            return False
+        with path.open("rb") as file:
             return file.read(4) == b"GGUF"
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
@@ -185,6 +199,8 @@ def _described(root: Node, error: dict[str, Any]) -> tuple[str, str]:
     inside = len(path) > 1 and field_at(path[:-1]) is info
     expected = allowed(info, inside) if info else str(error["msg"])
     hint = ""
+    if kind == "string_unicode":
+        expected = "text in UTF-8"
     if kind == "literal_error" and isinstance(node.value, str):
         hint = did_you_mean(node.value, expected.removeprefix("one of ").split(", "))
     elif isinstance(node.value, str) and kind in ("int_type", "float_type", "bool_type"):

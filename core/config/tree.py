@@ -7,7 +7,7 @@ checked, so that an error can point at the place the bad value came from. Knows 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,13 +23,15 @@ MAX_DEPTH = 32
 class Node:
     """A value and where it stands: ``origin`` for the value, ``key_origin`` for its key (both are text for people).
 
-    ``value`` is a ``dict[str, Node]``, a ``list[Node]`` or a scalar. ``size`` counts the values in it and itself.
+    ``value`` is a ``dict[str, Node]``, a ``list[Node]`` or a scalar. ``size`` counts the values in it and itself;
+    ``depth`` the levels below it, 0 for a scalar.
     """
 
     value: Any
     origin: str
     key_origin: str
     size: int = 1
+    depth: int = 0
 
     def child(self, part: object) -> Node | None:
         """The node under a key or an index; None where there is none."""
@@ -52,7 +54,17 @@ class Node:
 
 def mapping(entries: dict[str, Node], origin: str, key_origin: str | None = None) -> Node:
     """A mapping node."""
-    return Node(entries, origin, key_origin or origin, 1 + sum(node.size for node in entries.values()))
+    return Node(entries, origin, key_origin or origin, *_extent(entries.values()))
+
+
+def sequence(items: list[Node], origin: str) -> Node:
+    """A list node."""
+    return Node(items, origin, origin, *_extent(items))
+
+
+def _extent(children: Collection[Node]) -> tuple[int, int]:
+    """Size and depth of a node with these children."""
+    return 1 + sum(node.size for node in children), 1 + max((node.depth for node in children), default=0)
 
 
 def from_python(value: Any, origin: str, depth: int = 0) -> Node:
@@ -67,8 +79,7 @@ def from_python(value: Any, origin: str, depth: int = 0) -> Node:
     if isinstance(value, Mapping):
         node = mapping({str(k): from_python(v, origin, depth + 1) for k, v in value.items()}, origin)
     elif isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray):
-        items = [from_python(item, origin, depth + 1) for item in value]
-        node = Node(items, origin, origin, 1 + sum(item.size for item in items))
+        node = sequence([from_python(item, origin, depth + 1) for item in value], origin)
     if node.size > MAX_NODES:
         raise ConfigError(f"{origin}: more than {MAX_NODES} values")
     return node

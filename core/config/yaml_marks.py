@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ..errors import ConfigError
-from .tree import MAX_DEPTH, MAX_NODES, Node, mapping
+from .tree import MAX_DEPTH, MAX_NODES, Node, mapping, sequence
 
 Where = Callable[[int, int], str]
 """(line, column), both from 1, to the text that names the place."""
@@ -100,6 +100,8 @@ class _Builder:
             known = self.anchors.get(str(event.anchor))
             if known is None:
                 raise ConfigError(f"{place}: *{event.anchor} has no &{event.anchor} before it (or contains itself)")
+            if depth + known.depth > MAX_DEPTH:  # Aliases of aliases: short to write, deep to walk.
+                raise ConfigError(f"{place}: *{event.anchor} nests deeper than {MAX_DEPTH} levels here")
             return known
         if isinstance(event, yaml.ScalarEvent):
             node = self.scalar(event, place)
@@ -118,7 +120,7 @@ class _Builder:
         while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
             items.append(self.node(event, depth + 1))
             size = self.bounded(size + items[-1].size, place)
-        return Node(items, place, place, size)
+        return sequence(items, place)
 
     def mapping(self, place: str, depth: int) -> Node:
         entries: dict[str, Node] = {}

@@ -22,7 +22,7 @@ def frequencies(rope: Rope, factors: NDArray[np.float32] | None = None) -> tuple
     if factors is not None:
         if not (np.isfinite(factors) & (factors > 0)).all():
             raise TensorError(
-                f"{rope.factors or 'the RoPE factors'}: every factor must be a finite number above 0; the file is damaged"
+                f"{rope.factors or 'RoPE factors'}: not every factor is a finite number above 0; the file is damaged"
             )
         freqs = freqs / factors.astype(np.float64)
     scaling = rope.scaling

@@ -56,8 +56,10 @@ def resolve_model(
         raise SourceError(f"sha256 must be 64 hexadecimal digits, got {sha256[:80]!r}")
     reference = parse_reference(path)
     own_cache = cache is not None or bool(os.environ.get("POLYHEAD_CACHE"))
-    folder = cache if cache is not None else cache_folder()
     reporter = choose(progress)
+    if isinstance(reference, LocalModel) and sha256 is None:
+        return find_local(reference.path, base)  # Needs no cache, so it works without a home folder.
+    folder = cache if cache is not None else cache_folder()
     if isinstance(reference, PackageModel):
         return find_package(reference, sha256=sha256, cache=folder, progress=reporter, offline=offline)
     if isinstance(reference, HubModel):

@@ -26,13 +26,18 @@ _STALE_SECONDS = 2 * 24 * 3600
 
 
 def cache_folder(environ: Mapping[str, str] | None = None) -> Path:
-    """``$POLYHEAD_CACHE``, else ``$XDG_CACHE_HOME/polyhead``, else ``~/.cache/polyhead``. It need not exist yet."""
+    """``$POLYHEAD_CACHE``, else ``$XDG_CACHE_HOME/polyhead``, else ``~/.cache/polyhead``. It need not exist yet.
+
+    Raises SourceError where none is set and there is no home folder.
+    """
     environ = os.environ if environ is None else environ
     if chosen := environ.get("POLYHEAD_CACHE"):
         return Path(os.path.abspath(os.path.expanduser(chosen)))
     xdg = environ.get("XDG_CACHE_HOME", "")
-    base = Path(xdg) if os.path.isabs(xdg) else Path("~/.cache").expanduser()
-    return base / "polyhead"
+    base = xdg if os.path.isabs(xdg) else os.path.expanduser("~/.cache")
+    if base.startswith("~"):
+        raise SourceError("there is no home folder to keep models in; set POLYHEAD_CACHE to a folder")
+    return Path(base) / "polyhead"
 
 
 @contextmanager

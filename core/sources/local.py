@@ -22,7 +22,12 @@ def find_local(text: str, base: Path | None = None) -> Path:
     Raises ModelNotFoundError where nothing is there, MissingShardError for a folder with an incomplete split model,
     SourceError for a folder with several models.
     """
-    path = Path(os.path.abspath((base or Path.cwd()) / os.path.expanduser(text)))
+    try:
+        path = Path(os.path.abspath(os.path.join(base or "", expand(text))))
+    except FileNotFoundError:  # Only a relative path asks for the current folder.
+        raise ModelNotFoundError(
+            f"{text}: the current folder no longer exists; change to another or give an absolute path"
+        ) from None
     with told(f"looking at {path}", path.parent):
         if path.is_file():
             return path
@@ -33,6 +38,14 @@ def find_local(text: str, base: Path | None = None) -> Path:
         if path.exists():
             raise ModelNotFoundError(f"{path}: neither a file nor a folder")
         raise ModelNotFoundError(f"{path}: there is no such file{_near(path)}")
+
+
+def expand(text: str) -> str:
+    """The path with a leading ``~`` replaced; as it is where that names no folder. Never raises."""
+    try:
+        return os.path.expanduser(text)
+    except ValueError:  # A NUL; whoever opens the file says so.
+        return text
 
 
 def _near(path: Path) -> str:

@@ -15,17 +15,32 @@ from ..errors import TokenizerError
 from .vocabulary import TokenKind, Vocabulary
 
 MAX_JSON_BYTES = 256 << 20
+MAX_TEMPLATE_BYTES = 1 << 20
+
+
+def read_text(path: Path, most: int) -> str:
+    """The text of a regular file of at most ``most`` bytes; TokenizerError names the file and what is wrong with it."""
+    try:
+        if path.exists() and not path.is_file():  # A pipe would wait for a writer, a device may never end.
+            raise TokenizerError(f"cannot read {path}: it is not a regular file")
+        with path.open("rb") as file:
+            raw = file.read(most + 1)
+    except OSError as error:
+        raise TokenizerError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:  # A NUL or a lone surrogate in the name.
+        raise TokenizerError(f"{str(path)!r} cannot be the name of a file: {error}") from error
+    if len(raw) > most:
+        raise TokenizerError(f"{path} has more than the {most} bytes that are read")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; TokenizerError names the file and what is wrong with it."""
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise TokenizerError(f"{path} has {size} bytes, more than the {MAX_JSON_BYTES} that are read")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TokenizerError(f"cannot read {path}: {error.strerror or error}") from error
+        data = json.loads(read_text(path, MAX_JSON_BYTES))
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict):
@@ -66,7 +81,7 @@ class JsonConfig:
             template = named.get("default")
         template_path = path.with_name("chat_template.jinja")
         if template_path.is_file():
-            template = template_path.read_text(encoding="utf-8")
+            template = read_text(template_path, MAX_TEMPLATE_BYTES)
         return cls(
             text("bos_token"),
             text("eos_token"),

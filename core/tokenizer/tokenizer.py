@@ -5,6 +5,7 @@ Knows nothing of how words are merged (bpe.py, sentencepiece.py) and of chat for
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -227,11 +228,14 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True, continues: bool = False) -> str:
-        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD. RequestError for an id out of range.
+        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD. RequestError for an id that is
+        no integer or out of range.
 
         ``skip_special`` leaves control tokens out. The space that encoding puts in front of a text is taken off,
         unless the ids continue other text (``continues``).
         """
+        if not isinstance(ids, Iterable):
+            raise RequestError(f"token ids must be a sequence of integers, not {type(ids).__name__}")
         data = b"".join([self._piece(i, skip_special) for i in ids])
         text = data.decode("utf-8", self._errors)
         return text.removeprefix(" ") if self._strips_space and not continues else text
@@ -257,12 +261,17 @@ class Tokenizer:
         return self._vocabulary.kinds[self._checked(token_id)] in HIDDEN_KINDS
 
     def _checked(self, token_id: int) -> int:
+        try:
+            token_id = operator.index(token_id)
+        except TypeError:
+            raise RequestError(f"a token id is an integer, not {type(token_id).__name__}") from None
         if not 0 <= token_id < self.vocab_size:
             raise RequestError(f"token id {token_id} is out of range: the vocabulary has {self.vocab_size} tokens")
         return token_id
 
     def _piece(self, token_id: int, skip_special: bool) -> bytes:
-        piece = self._pieces[self._checked(token_id)]
+        token_id = self._checked(token_id)
+        piece = self._pieces[token_id]
         kind = self._vocabulary.kinds[token_id]
         if piece is None:
             token = self._vocabulary.tokens[token_id]

@@ -41,7 +41,10 @@ HIDDEN_KINDS = frozenset({TokenKind.CONTROL, TokenKind.UNKNOWN})
 
 def strings(value: Any, key: str) -> list[str]:
     """A string array of the metadata (a list, or an object with ``.strings()``) as a list."""
-    items = value.strings() if hasattr(value, "strings") else value
+    try:
+        items = value.strings() if hasattr(value, "strings") else value
+    except TypeError as error:
+        raise TokenizerError(f"{key} must be an array of strings, not {value!r}") from error
     if isinstance(items, str) or not isinstance(items, Sequence):
         raise TokenizerError(f"{key} must be an array of strings, not {type(value).__name__}")
     items = list(items)
@@ -53,8 +56,10 @@ def strings(value: Any, key: str) -> list[str]:
 
 def numbers(value: Any, key: str) -> list[Any]:
     """A numeric array of the metadata (a list, or an object with ``.numpy()``) as a list of Python numbers."""
-    if hasattr(value, "numpy"):
-        value = value.numpy()
+    try:
+        value = value.numpy() if hasattr(value, "numpy") else value
+    except TypeError as error:
+        raise TokenizerError(f"{key} must be an array of numbers, not {value!r}") from error
     items = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(items, str) or not isinstance(items, Sequence):
         raise TokenizerError(f"{key} must be an array of numbers, not {type(value).__name__}")

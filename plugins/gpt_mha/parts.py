@@ -9,7 +9,6 @@ from polyhead.errors import ConfigError
 def decoder(meta: Metadata, blocks: tuple[Block, ...], positions: LearnedPositions | None = None) -> Decoder:
     """The whole model around its blocks."""
     meta.require(attention__causal=True)
-    meta.ignore("vocab_size")  # the embedding's rows say it, padding included
     head = meta.optional("output.weight")
     return Decoder(
         hidden=hidden(meta),

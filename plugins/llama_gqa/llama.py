@@ -41,7 +41,6 @@ class LlamaGQA:
             use_parallel_residual=False,
             tensor_data_layout="Meta AI original pth",
         )
-        meta.ignore("vocab_size")  # the embedding's rows say it, padding included
         head = meta.optional("output.weight")
         return Decoder(
             hidden=meta.get(int, "embedding_length", minimum=1),
@@ -59,7 +58,7 @@ class LlamaGQA:
         heads = meta.layer(int, "attention.head_count", index, minimum=1)
         prefix = f"blk.{index}"
         head_dim = _head_dim(meta, hidden, heads)
-        window = meta.layer(int, "attention.sliding_window", index, 0, minimum=0)
+        window = meta.layer(int, "attention.sliding_window", index, 0, minimum=0, maximum=2**31 - 1)
         return Block(
             attn_norm=_norm(meta, f"{prefix}.attn_norm"),
             attn=Attention(

@@ -51,6 +51,7 @@ def layered(tensors: str = "yield TensorSpec('t', (hidden,))", scratch: str = "{
     [
         ("1 / 0", r"failed on this file: ZeroDivisionError: division by zero"),
         ("import sys; sys.exit('no')", r"failed on this file: SystemExit: no"),
+        ("raise type('Bad', (Exception,), {'__str__': None})", r"failed on this file: Bad \(its message cannot"),
         ("return self.decoder(meta)", r"failed on this file: RecursionError"),
         ("return None", r"decoder\(\) returned NoneType, expected Decoder"),
         ("return {'hidden': 3}", r"decoder\(\) returned dict, expected Decoder"),
@@ -305,3 +306,20 @@ def test_a_step_that_is_interrupted_leaves_nothing_behind_and_the_model_usable(i
         first = llm.generate([[1, 2, 3]], greedy)
         assert first == llm.generate([[1, 2, 3]], greedy)
         assert len(first[0].token_ids) == 6
+
+
+@pytest.mark.parametrize("fault", ["raise SystemExit(4)", "raise type('Bad', (Exception,), {'__str__': None})"])
+@pytest.mark.parametrize("place", ["load", "run"])
+def test_a_layer_that_exits_or_fails_unspeakably_does_not_end_the_program(install, tiny_model, place, fault):
+    install(own_layer(**{place: fault}))
+    with (
+        pytest.raises(PluginError, match=r"blk\.0\.mlp: module Layer failed.*: (SystemExit: 4|Bad \()"),
+        own(tiny_model) as llm,
+    ):
+        llm.generate([[1, 2]], SamplingParams(max_tokens=2))
+
+
+def test_a_layer_that_returns_its_result_instead_of_writing_it_is_refused(install, tiny_model):
+    install(own_layer(run="return x * 2"))
+    with own(tiny_model) as llm, pytest.raises(PluginError, match="returned ndarray; it must write"):
+        llm.generate([[1, 2]], SamplingParams(max_tokens=1))

@@ -35,6 +35,10 @@ BROKEN = {
     "exits at import": ("import sys; sys.exit(3)", r"^called sys\.exit\(3\) while it was loaded$"),
     "exits in a hook": (returning("raise SystemExit"), r"called sys\.exit\(None\)"),
     "raises in a hook": (returning("1 / 0"), r"^ZeroDivisionError: division by zero$"),
+    "raises what cannot be shown": (
+        "class Bad(Exception):\n    __str__ = None\nraise Bad",
+        r"^Bad \(its message cannot be shown\)$",
+    ),
     "has a syntax error": ("def broken(:", r"SyntaxError: .*strange_module\.py, line \d+"),
     "needs a package that is absent": ("import surely_absent", r"ModuleNotFoundError: .*'surely_absent'"),
     "needs a name of a later polyhead": ("from polyhead.arch import Mamba", r"ImportError: .*'Mamba'"),

@@ -12,7 +12,7 @@ import tiny_models
 import tolerance
 from polyhead import LLM, SamplingParams
 from polyhead.arch import Attention, Decoder, FusedQKV, SplitQKV
-from polyhead.errors import RequestError
+from polyhead.errors import RequestError, TensorError
 from polyhead.generation import Generation
 from polyhead.model import Model
 from polyhead.runtime.contract import Batch, RuntimeOptions
@@ -220,3 +220,21 @@ def test_fused_and_split_projections_agree(parts):
 
     fused = dataclasses.replace(decoder, blocks=tuple(fuse(block) for block in decoder.blocks))
     np.testing.assert_array_equal(run(fused, fused_weights, IDS), run(decoder, weights, IDS))
+
+
+@pytest.mark.parametrize("value", [np.inf, np.float32(3e38)])
+@pytest.mark.parametrize("name", ["blk.0.attn_q.weight", "blk.1.attn_norm.weight", "output_norm.weight"])
+@pytest.mark.filterwarnings("error")
+def test_weights_that_overflow_warn_of_nothing_and_show_in_the_logits(name, value, parts):
+    decoder, weights = parts("llama-gqa")
+    weights[name] = np.full_like(weights[name], value)
+    assert not np.isfinite(run(decoder, weights, IDS)).all()
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, np.nan, np.inf])
+@pytest.mark.filterwarnings("error")
+def test_a_rope_factor_that_is_no_positive_number_is_refused_at_load(factor, parts):
+    decoder, weights = parts("llama-rope-factors")
+    weights["rope_freqs.weight"][1] = factor
+    with pytest.raises(TensorError, match=r"rope_freqs\.weight"):
+        CpuModel(decoder, memory_source.MemorySource(weights), RuntimeOptions())

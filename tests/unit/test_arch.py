@@ -61,7 +61,7 @@ WRONG: dict[type, dict[str, tuple[Any, ...]]] = {
         "heads": (0, -2, 5, 1.0, True),
         "kv_heads": (0, 4, 12, 2.0),
         "head_dim": (0, 6, None),
-        "window": (0, -1, 2.5),
+        "window": (0, -1, 2.5, 2**31),
         "softcap": (0.0, -1.0, NAN, INF),
         "scale": (0.0, -0.5, NAN, INF),
     },

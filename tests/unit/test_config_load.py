@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,31 @@ def test_a_file_without_suffix_is_judged_by_its_first_bytes(tmp_path: Path) -> N
     (tmp_path / "settings").write_text("model: m.gguf\nchat: no\n")
     assert load_config(tmp_path / "blob", environ={}).config.model.path == str(tmp_path / "blob")
     assert load_config(tmp_path / "settings", environ={}).config.chat is False
+
+
+def test_a_pipe_is_read_once_and_as_a_whole(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.write(write, b"model: m.gguf\nchat: no\n")
+    os.close(write)
+    try:
+        assert load_config(f"/dev/fd/{read}", environ={}).config.chat is False
+    finally:
+        os.close(read)
+
+
+@pytest.mark.parametrize(
+    "source", [None, [], 5, b"x.gguf", "a\0b", "~\0/x.yaml", "\ud800.yaml", "\ud800.gguf", "~nobody/x"]
+)
+def test_what_cannot_be_a_source_is_refused(source: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(source, environ={})
+    str(caught.value).encode("utf-8")  # The message can be printed.
+
+
+@pytest.mark.parametrize("overrides", [[5], [None], [b"chat=no"], "chat=no", 5])
+def test_overrides_that_are_no_list_of_texts_are_refused(overrides: Any) -> None:
+    with pytest.raises(ConfigError, match=r"overrides is .*expected a list of texts"):
+        load_config("m.gguf", overrides=overrides, environ={})
 
 
 def test_shorthand_and_full_form_of_model_are_the_same() -> None:

@@ -151,6 +151,13 @@ def bomb(levels: int) -> str:
     return "\n".join(lines)
 
 
+def chain(anchors: int, each: int) -> str:
+    """Anchors that each nest the one before a few levels deeper."""
+    lines = [f"a0: &a0 {'[' * each}{']' * each}"]
+    lines += [f"a{i}: &a{i} {'[' * each}*a{i - 1}{']' * each}" for i in range(1, anchors)]
+    return "\n".join(lines)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -159,9 +166,10 @@ def bomb(levels: int) -> str:
         ("prompt: " + "[" * 100_000, "nested deeper than 32 levels"),
         ("prompt: " + "{a: " * 5_000, "nested deeper than 32 levels"),
         ("\n".join("- " * i + "a" for i in range(60, 61)), "nested deeper than 32 levels"),
+        (chain(60, 30), "nests deeper than 32 levels"),
         ("prompt: " + "x" * (1 << 20), "larger than 1048576 bytes"),
     ],
-    ids=["aliases", "long", "deep list", "deep mapping", "deep block", "large"],
+    ids=["aliases", "long", "deep list", "deep mapping", "deep block", "deep aliases", "large"],
 )
 def test_hostile_files_are_refused_quickly(tmp_path: Path, text: str, says: str) -> None:
     start = time.perf_counter()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from polyhead import LLM
 from polyhead.errors import CapacityError
-from polyhead.runtime.memory import MemoryPlan, plan_memory, size_text
+from polyhead.runtime.memory import AUTO_CONTEXT, MemoryPlan, plan_memory, size_text
 
 MIB = 1 << 20
 BASE: dict[str, Any] = {
@@ -52,19 +52,25 @@ def refused(**changes: Any) -> str:
     model_context=st.integers(1, 3000),
     batch=st.integers(1, 9),
     cap=st.none() | st.integers(1, 5000),
+    turns=st.integers(0, 100),
 )
 def test_a_plan_adds_up_stays_in_its_budget_and_holds_a_whole_context(
-    free, fraction, weights, workspace, per_token, block, context, model_context, batch, cap
+    free, fraction, weights, workspace, per_token, block, context, model_context, batch, cap, turns
 ):
     sizes = {"free": free, "memory_fraction": fraction, "weights": weights, "workspace": workspace}
     cache = {"kv_bytes_per_token": per_token, "block_size": block, "max_batch": batch, "kv_tokens_cap": cap}
-    sizes |= cache | {"context": context, "model_context": model_context}
+    sizes |= cache | {
+        "context": context,
+        "model_context": model_context,
+        "context_bytes": lambda tokens: turns * tokens,
+    }
     # Refused only if not even one sequence of the context, or of one token, fits.
-    least = -(-(context or 1) // block) * block * per_token
+    least = -(-(context or 1) // block) * block * per_token + turns * (context or 1)
     if weights + workspace + least > int(free * fraction):
         assert "would fit" in refused(**sizes)
         return
     made = plan(**sizes)
+    assert made.workspace == workspace + turns * made.context
     assert made.used == made.weights + made.workspace + made.kv
     assert made.kv == made.num_blocks * block * per_token
     assert made.used <= made.budget == int(free * fraction) <= free
@@ -96,6 +102,22 @@ def test_a_cache_that_does_not_fit_says_which_context_would():
     assert plan(context=tokens).context == tokens
     with pytest.raises(CapacityError):
         plan(context=tokens + 16)
+
+
+def test_what_a_context_takes_beside_the_cache_is_solved_for_and_blamed_on_the_context():
+    turns = {"context_bytes": lambda tokens: 4096 * tokens, "model_context": 1 << 27}
+    made = plan(**turns)  # 30 MiB for tokens of 5 KiB
+    assert made.context == 30 * MIB // 5120 // 16 * 16
+    message = refused(**turns, context=1 << 27)
+    assert f"runtime.context = {made.context:,} with one sequence (asked for 134,217,728)" in message
+
+
+def test_a_context_that_only_a_header_asks_for_is_capped_and_the_table_says_so():
+    roomy = {"free": 1 << 40, "model_context": 1 << 64}
+    made = plan(**roomy)
+    assert made.context == AUTO_CONTEXT
+    assert "131,072 of the model's 18,446,744,073,709,551,616; runtime.context may ask for more" in made.table()
+    assert plan(**roomy, context=200_000).context == 200_000
 
 
 def test_the_error_holds_the_same_table_as_the_plan():

@@ -189,6 +189,16 @@ def test_the_context_fits_positions_of_32_bits():
             meta(context_length=wrong).context()
 
 
+def test_a_vocab_size_may_leave_rows_for_padding_and_nothing_else():
+    for fine in ({}, {"vocab_size": 1}, {"vocab_size": 10}):
+        data = meta(**fine)
+        assert data.vocab() == 10
+        assert data.unread() == []
+    for wrong in (0, -1, 11, 2**64 - 1, "10", 10.0, True, [10]):
+        with pytest.raises(ConfigError, match=r"x\.vocab_size is .*expected"):
+            meta(vocab_size=wrong).vocab()
+
+
 def test_tensors_are_known_by_name_and_shape():
     data = meta()
     assert data.has_tensor("a")

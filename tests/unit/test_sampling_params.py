@@ -66,6 +66,7 @@ def test_refusal_names_the_field_the_range_and_the_value(name, value, allowed):
         ("stop", [""], r"stop\[0\] must have 1 to 1000 characters, got 0"),
         ("stop", "", "got 0"),
         ("stop", ["ok", "x" * 1001], r"stop\[1\] .*got 1001"),
+        ("stop", ["ok", "a\ud800"], r"stop\[1\] has a lone surrogate"),
         ("stop", ["ok", 3], r"stop\[1\] must be a string, got 3"),
         ("stop", [str(i) for i in range(17)], "at most 16 strings"),
         ("stop_token_ids", [1, -1], r"stop_token_ids\[1\] .*got -1"),

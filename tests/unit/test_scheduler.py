@@ -285,7 +285,7 @@ def test_impossible_requests_are_refused_with_both_numbers():
     scheduler.add(make("r", 8, 1))
     with pytest.raises(RequestError, match="'r' is in use"):
         scheduler.add(make("r", 1, 1))
-    with pytest.raises(RequestError, match="empty prompt"):
+    with pytest.raises(RequestError, match="prompt is empty"):
         Request("r", [])
     with pytest.raises(RequestError, match="must hold token ids"):
         Request("r", [1, "2"])

@@ -138,6 +138,30 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
     assert cache_folder({"XDG_CACHE_HOME": "/x", "POLYHEAD_CACHE": "~/big"}) == Path("/home/me/big")
 
 
+def test_without_a_home_folder_only_what_needs_the_cache_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = model(folder / "m.gguf")
+    for name in ("POLYHEAD_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # What it does for a user whom no list knows.
+    assert resolve_model(str(file)) == file
+    with pytest.raises(SourceError, match="set POLYHEAD_CACHE"):
+        cache_folder()
+
+
+def test_in_a_folder_that_is_gone_only_absolute_paths_are_found(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = model(folder / "m.gguf")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert resolve_model(str(file)) == file
+    with pytest.raises(ModelNotFoundError, match=r"m\.gguf: the current folder no longer exists"):
+        resolve_model("m.gguf")
+
+
 def test_progress_is_a_line_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert isinstance(choose(False), Silent)
     reporter = choose(None)

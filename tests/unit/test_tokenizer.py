@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from polyhead.errors import RequestError, TokenizerError
+from polyhead.gguf.arrays import NumericArray, StringArray
 from polyhead.tokenizer import Tokenizer
+from polyhead.tokenizer.hf_json import JsonConfig
 from polyhead.tokenizer.pretokenizers import build, pre_tokenizer, pre_tokenizer_names
 
 G = "tokenizer.ggml."
@@ -209,6 +212,21 @@ def test_an_id_out_of_range_is_named(bad: int) -> None:
             call()
 
 
+@pytest.mark.parametrize("bad", ["3", 1.0, None, np.ones((2, 2), int)])
+def test_what_is_no_integer_is_no_token_id(bad: Any) -> None:
+    for call in (
+        lambda: BYTE_LEVEL.decode([bad]),
+        lambda: BYTE_LEVEL.stream().push(bad),
+        lambda: BYTE_LEVEL.token(bad),
+        lambda: BYTE_LEVEL.token_bytes(bad),
+        lambda: BYTE_LEVEL.is_control(bad),
+    ):
+        with pytest.raises(RequestError, match="a token id is an integer, not"):
+            call()
+    with pytest.raises(RequestError, match="sequence of integers, not NoneType"):
+        BYTE_LEVEL.decode(None)
+
+
 @pytest.mark.parametrize(("text", "message"), [("a\ud800b", "U\\+D800.* 1,"), (b"bytes", "bytes"), (None, "NoneType")])
 def test_text_that_is_not_unicode_is_refused(text: Any, message: str) -> None:
     for tokenizer in ANY.values():
@@ -280,6 +298,9 @@ def test_chat_templates_are_found_by_name() -> None:
         (byte_level(tokens=["a"] * 267), "'a' twice"),
         (byte_level(tokens="abc"), "array of strings"),
         (byte_level(tokens=[1, 2]), r"tokens\[0\]"),
+        (byte_level(tokens=NumericArray("uint8", b"12")), "ggml.tokens must be an array of strings"),
+        (byte_level(merges=NumericArray("uint8", b"12")), "merges must be an array of strings"),
+        (byte_level(token_type=StringArray(b"", np.zeros(1, np.int64))), "token_type must be an array of numbers"),
         (byte_level(token_type=[1, 1]), "2 entries for 267"),
         (byte_level(token_type=[9] * 267), "expected 1 to 6"),
         (byte_level(merges=None), "merges is missing"),
@@ -383,3 +404,19 @@ def test_a_broken_tokenizer_json_is_named(tmp_path: Path, content: str | None, m
     with pytest.raises(TokenizerError, match=message) as caught:
         Tokenizer.from_json(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "NUL"])
+def test_a_tokenizer_json_that_is_no_regular_file_is_not_read(tmp_path: Path, kind: str) -> None:
+    path = {"pipe": tmp_path / "pipe", "device": Path("/dev/zero"), "NUL": tmp_path / "a\0b"}[kind]
+    if kind == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(TokenizerError, match=r"not a regular file|cannot be the name of a file"):
+        Tokenizer.from_json(path)
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"\xff", "not UTF-8"), (b"x" * (2 << 20), "more than the")])
+def test_a_template_beside_the_tokenizer_is_text_of_bounded_size(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(content)
+    with pytest.raises(TokenizerError, match=f"chat_template.jinja.*{message}"):
+        JsonConfig.beside(tmp_path / "tokenizer.json")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from ...arch import Decoder, Module, Norm, Rope
-from ...errors import DeviceError, PluginError, RequestError, told
+from ...errors import DeviceError, PluginError, RequestError, summary
 from ..batch_checks import check_batch
 from ..contract import Batch, Pending, RuntimeOptions, SampledToken, SamplingRow, WeightSource
 from ..modules import CpuModule, ModuleKind
@@ -159,7 +159,7 @@ class CpuModel:
             return kind.cpu(step.module, {spec.name: self._weights.vector(spec.name) for spec in specs})
         except (Exception, SystemExit) as error:
             raise PluginError(
-                f"{step.name}: module {type(step.module).__name__} failed to load: {told(error)}"
+                f"{step.name}: module {type(step.module).__name__} failed to load: {summary(error)}"
             ) from error
 
     def _rope_tables(self) -> dict[Rope, tuple[F32, F32]]:
@@ -232,11 +232,14 @@ class CpuModel:
     def _apply(self, step: Apply, run: _Run) -> None:
         scratch = {key: run[buffer] for key, buffer in step.scratch}
         try:
-            self._modules[step.name](run[step.src], run[step.dst], scratch)
+            returned: object = self._modules[step.name](run[step.src], run[step.dst], scratch)
         except (Exception, SystemExit) as error:
+            raise PluginError(f"{step.name}: module {type(step.module).__name__} failed: {summary(error)}") from error
+        if returned is not None:
             raise PluginError(
-                f"{step.name}: module {type(step.module).__name__} failed: {told(error)}"
-            ) from error
+                f"{step.name}: module {type(step.module).__name__} returned {type(returned).__name__}; it must write "
+                "its result to out and return nothing"
+            )
 
     def _add(self, step: Add, run: _Run) -> None:
         src = run[step.src]

@@ -19,7 +19,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from ...errors import DeviceError
+from ...errors import DeviceError, SourceError
 from .driver import INSTALL, load, translated
 
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)".*$')
@@ -192,10 +192,10 @@ class Compiler:
         if self.use_cache and self._cache is None:
             from ...sources.cache import cache_folder
 
-            path = self._folder if self._folder is not None else cache_folder() / "kernels"
             try:
+                path = self._folder if self._folder is not None else cache_folder() / "kernels"
                 self._cache = load("cuda.core.utils").FileStreamProgramCache(path, max_size_bytes=_CACHE_LIMIT)
-            except OSError:
+            except (OSError, SourceError):  # no folder to write to: kernels are compiled each time
                 self._cache = None
         self._headers = (str(folder), _fingerprint(folder))
 

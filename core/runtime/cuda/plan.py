@@ -88,24 +88,27 @@ def plan_program(
     decoder = program.decoder
     stored = kv_dtype(options)
     token_bytes = kv_bytes_per_token(decoder, stored)
-    context = options.context or decoder.context
     rows = options.max_batch
-    rope = sum(8 * context * (rope.dim // 2) for rope in ropes(decoder))
+    turn_bytes = sum(8 * (rope.dim // 2) for rope in ropes(decoder))
     workspace = program.workspace(options.max_tokens, rows, narrow_bytes=2).size + scratch_bytes(
         program, types, options, sms
     )
     sampler = rows * (ROW.itemsize + 4 * TOPS + 16) + sampling_scratch(rows, decoder.vocab)
-    sampler += 8 * most_seen(rows, decoder.vocab, context) + 12 * BIASES * rows
+    sampler += 12 * BIASES * rows
     workspace += 2 * sampler  # one for the step under way, one for the next
-    tables = 4 * rows * (-(-context // options.block_size) * 2)
     spare_block = options.block_size * token_bytes
+
+    def context_bytes(context: int) -> int:
+        tables = 4 * rows * (-(-context // options.block_size) * 2)
+        return context * turn_bytes + 2 * 8 * most_seen(rows, decoder.vocab, context) + tables
+
     return plan_memory(
         device=device,
         total=total,
         free=free,
         memory_fraction=options.memory_fraction,
-        weights=resident_bytes(program, types) + rope,
-        workspace=workspace + tables + spare_block + BLAS_WORKSPACE + 3 * STAGE,
+        weights=resident_bytes(program, types),
+        workspace=workspace + spare_block + BLAS_WORKSPACE + 3 * STAGE,
         kv_bytes_per_token=token_bytes,
         kv_dtype=stored,
         block_size=options.block_size,
@@ -114,6 +117,7 @@ def plan_program(
         max_batch=options.max_batch,
         max_tokens=options.max_tokens,
         max_logit_rows=rows,
+        context_bytes=context_bytes,
     )
 
 

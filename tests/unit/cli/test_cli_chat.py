@@ -62,6 +62,8 @@ def test_a_model_without_a_template_is_refused_before_the_first_turn(invoke: Inv
     result = invoke("chat", llama, stdin="the\n")
     assert result.exit_code == 2
     assert "no chat template" in result.stderr
+    assert "polyhead run" in result.stderr  # and not a setting that would change nothing here
+    assert "chat: false" not in result.stderr
 
 
 def test_bytes_that_are_not_utf8_are_an_error_that_names_the_line(

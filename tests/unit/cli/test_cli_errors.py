@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from polyhead.gguf import open_gguf
 
 Invoke = Callable[..., Result]
 PLAIN = ("--set", "chat=false", "-n", "2")
@@ -189,8 +190,32 @@ def test_text_far_over_the_context_is_refused_before_it_is_tokenised(invoke: Inv
 
 
 @pytest.mark.parametrize("prompts", [("-p", ""), ("-p", "x", "-p", "")])
-def test_empty_prompt_is_refused_before_the_model_is_opened(invoke: Invoke, prompts: tuple[str, ...]) -> None:
-    refused(invoke("run", "nowhere.gguf", *prompts), "empty")
+def test_empty_prompt_is_refused_before_the_model_is_opened(
+    invoke: Invoke, prompts: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "damaged.gguf").write_bytes(b"GGUF, no more")
+    refused(invoke("run", str(tmp_path / "damaged.gguf"), *prompts), "prompt", "is empty")
+
+
+@pytest.mark.parametrize("args", [("run", "nowhere.gguf"), ("perplexity", "nowhere.gguf", "-")])
+def test_a_model_that_is_not_there_is_told_before_standard_input_is_read(invoke: Invoke, args: tuple[str, ...]) -> None:
+    refused(invoke(*args, stdin=b"\xff"), "nowhere.gguf", "no such file")
+
+
+@pytest.mark.parametrize("command", [("run", "-p", "x"), ("inspect",), ("bench",), ("pull",)])
+def test_an_empty_name_is_not_the_current_folder(invoke: Invoke, command: tuple[str, ...]) -> None:
+    refused(invoke(command[0], "", *command[1:]), "CONFIG|MODEL is empty")
+
+
+def test_perplexity_of_a_model_with_weights_that_are_not_finite_is_no_number(
+    invoke: Invoke, llama: str, tmp_path: Path
+) -> None:
+    data = bytearray(Path(llama).read_bytes())
+    with open_gguf(llama) as file:
+        at = file.tensors["output_norm.weight"].offset
+    data[at : at + 4] = b"\x00\x00\xc0\x7f"  # NaN
+    (tmp_path / "damaged.gguf").write_bytes(data)
+    refused(invoke("perplexity", str(tmp_path / "damaged.gguf"), "-", stdin="the sing and"), "not finite", "damaged")
 
 
 def test_no_prompt_at_all(invoke: Invoke, llama: str) -> None:

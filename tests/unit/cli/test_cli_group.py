@@ -124,6 +124,7 @@ def test_a_broken_plugin_is_listed_with_its_reason_and_disabled_on_request(
     lines = spawn("plugins", path=(site,)).stdout.splitlines()
     assert any("wreck 2.5" in line and "FAILED: RuntimeError: half installed" in line for line in lines)
     assert any("llama_gqa for llama" in line and line.endswith("ok") for line in lines)
+    assert spawn("plugins", path=(site,)).stderr.count("half installed") == 1
     lines = spawn("plugins", "--disable", "wreck", path=(site,)).stdout.splitlines()
     assert any("wreck" in line and line.endswith("disabled") for line in lines)
     wrong = spawn("plugins", "--disable", "nobody", path=(site,))
@@ -141,6 +142,26 @@ def test_a_closed_pipe_ends_quietly(llama: str) -> None:
         )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="streams are closed by a POSIX shell")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_the_shell_closed_are_as_if_empty(llama: str, closed: str) -> None:
+    line = f'"$0" -m polyhead.cli run "$1" --set chat=false -p the -n 1 {closed}'
+    done = subprocess.run(["sh", "-c", line, sys.executable, llama], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "error" in done.stderr) == (0, False)
+    assert bool(done.stdout) == (">&-" not in closed.replace("2>&-", ""))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
+@pytest.mark.parametrize("args", [("--help",), ("run", "--help"), ("plugins",), ("config", "schema")])
+def test_a_full_disk_under_standard_output_is_told_in_one_line(args: tuple[str, ...]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "polyhead.cli", *args], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert done.returncode == 2
+    assert done.stderr == "polyhead: error: standard output cannot be written: No space left on device\n"
 
 
 def test_ctrl_c_in_a_run_is_exit_130_without_a_traceback(

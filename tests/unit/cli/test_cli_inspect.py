@@ -13,6 +13,7 @@ import pytest
 from click.testing import Result
 from polyhead import LLM
 from polyhead.cli.layers import draw, tree
+from polyhead.model import Model
 from polyhead.plugins import discover
 
 Invoke = Callable[..., Result]
@@ -173,3 +174,23 @@ def test_weights_are_not_read(spawn: Callable[..., subprocess.CompletedProcess[s
     result = spawn("inspect", str(path), "--layers", "--tensors", "--metadata")
     assert f"token_embd.weight  [{rows}, 48]  F32" in result.stdout
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 8 << 30
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("a\n\x1b[31m b ", "a [31m b"),
+        ("n" * 5000, "n" * 99 + "…"),
+        (" \n" * 999, "model"),
+        ("\x1b", "model"),
+        (7, "model"),
+    ],
+)
+def test_the_name_in_a_file_is_shown_on_one_short_line(
+    tiny_model: Callable[[str], Path], tmp_path: Path, name: object, shown: str
+) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(tiny_model("llama-gqa").read_bytes())
+    with Model(path, discover()) as model:
+        model.file.metadata = {**model.file.metadata, "general.name": name}
+        assert model.name == shown
