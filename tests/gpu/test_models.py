@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import threading
 
 import golden
 import memory_source
@@ -244,6 +245,24 @@ def test_three_load_cycles_return_to_the_baseline(ctx, open_tiny):
     for _ in range(3):
         cycle()
     assert abs(ctx.device.free() - free) <= 4 << 20
+
+
+def test_any_thread_may_use_and_close_a_model(open_tiny):
+    params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+    llm = open_tiny("llama-gqa")
+    expected = llm.generate([IDS], params)
+    found: list[object] = []
+
+    def work() -> None:
+        found.append(llm.generate([IDS], params))
+        found.append(llm.logits(IDS).shape)
+        llm.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found[0] == expected
+    assert len(found) == 2
 
 
 def test_a_full_context_ends_and_never_wraps(open_tiny):

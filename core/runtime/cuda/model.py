@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +15,6 @@ from ..program import (
     Activate,
     Add,
     Attend,
-    Buffer,
     Embed,
     Finish,
     Gather,
@@ -29,7 +26,6 @@ from ..program import (
 from ..rope import tables
 from .blas import Blas
 from .context import Context
-from .driver import translated
 from .graph import Graph
 from .inputs import Inputs, View
 from .kv_cache import KVCache
@@ -37,6 +33,7 @@ from .memory import Array, Pool
 from .ops import activation, attention, embed, norm, rope, rows
 from .ops.linear import linear
 from .plan import BLAS_WORKSPACE, activation_dtype, most_seen, plan_program, ropes, scratch_bytes
+from .run import Run, Submitted
 from .sampler import Sampler
 from .weights import CudaWeights, Progress
 
@@ -117,7 +114,7 @@ class CudaModel:
         if rows:
             logits = self._logits(view).slice_rows(0, len(rows))
             sampler.launch(logits, sampler.prepare(rows))
-        return _Submitted(self._ctx, sampler, tuple(rows), self._ctx.device.stream.record())
+        return Submitted(self._ctx, sampler, tuple(rows), self._ctx.device.stream.record())
 
     def trace(self, batch: Batch) -> dict[str, NDArray[np.float32]]:
         """Runs a step without a graph and returns what each step of the program left in its destination."""
@@ -126,6 +123,7 @@ class CudaModel:
         def observe(name: str, array: Array) -> None:
             seen[name] = np.asarray(self._ctx.device.download(array), np.float32)
 
+        self._ctx.device.activate()
         check_batch(batch, self.plan, self.decoder.vocab)
         view = self._load(batch)
         self._run(view, observe)
@@ -137,6 +135,8 @@ class CudaModel:
 
     def close(self) -> None:
         """Returns all memory of the device. Safe to call twice."""
+        if not self._ctx.device.closed:
+            self._ctx.device.activate()
         self._graphs.clear()
         self._ctx.close()
 
@@ -184,9 +184,10 @@ class CudaModel:
     def _forward(self, batch: Batch, after: Pending | None = None) -> View:
         if self._ctx.device.closed:
             raise DeviceError("the model is closed")
+        self._ctx.device.activate()  # the caller may be another thread than the last
         check_batch(batch, self.plan, self.decoder.vocab)
         view = self._load(batch)
-        if isinstance(after, _Submitted):
+        if isinstance(after, Submitted):
             if len(after.rows) != len(batch.tokens):
                 raise RequestError(f"{len(batch.tokens)} sequences cannot follow {len(after.rows)}")
             count = len(after.rows)
@@ -205,22 +206,22 @@ class CudaModel:
         return view
 
     def _run(self, view: View, observe: Callable[[str, Array], None] | None = None) -> None:
-        run = _Run(view, self._memory, self._workspace.offsets, self._act)
+        run = Run(view, self._memory, self._workspace.offsets, self._act)
         for step in self.program.steps:
             self._dispatch[type(step)](step, run)
             if observe is not None:
                 observe(step.name, run[step.qkv if isinstance(step, StoreKV) else step.dst])
 
     def _logits(self, view: View) -> Array:
-        return _Run(view, self._memory, self._workspace.offsets, self._act)[self.program.logits]
+        return Run(view, self._memory, self._workspace.offsets, self._act)[self.program.logits]
 
-    def _embed(self, step: Embed, run: _Run) -> None:
+    def _embed(self, step: Embed, run: Run) -> None:
         positions = self._weights.vector(step.positions.weight) if step.positions else None
         table = self._weights.table(step.table)
         view = run.view
         embed.embed(self._ctx, view.tokens, table, run[step.dst], step.scale, view.positions, positions)
 
-    def _normalise(self, step: Normalise, run: _Run) -> None:
+    def _normalise(self, step: Normalise, run: Run) -> None:
         weight, bias = self._norm_arrays(step.norm)
         norm.normalise(self._ctx, run[step.src], step.norm, weight, bias, run[step.dst])
 
@@ -229,7 +230,7 @@ class CudaModel:
         assert weight is not None
         return weight, self._weights.vector(spec.bias) if isinstance(spec, LayerNorm) else None
 
-    def _project(self, step: Project, run: _Run) -> None:
+    def _project(self, step: Project, run: Run) -> None:
         src = run[step.src]
         if step.src.wide:  # a block without a norm before it: products take the activations' type
             narrow = self._scratch.view(self._act, *src.shape)
@@ -250,7 +251,7 @@ class CudaModel:
                 invariant=self._deterministic,
             )
 
-    def _store_kv(self, step: StoreKV, run: _Run) -> None:
+    def _store_kv(self, step: StoreKV, run: Run) -> None:
         spec, view = step.attention, run.view
         norms = [None if part is None else (part, *self._norm_arrays(part)) for part in (spec.q_norm, spec.k_norm)]
         rope.store_kv(
@@ -266,7 +267,7 @@ class CudaModel:
             self._kv.scales[step.layer],
         )
 
-    def _attend(self, step: Attend, run: _Run) -> None:
+    def _attend(self, step: Attend, run: Run) -> None:
         view, spec = run.view, step.attention
         arrays = (run[step.qkv], *self._kv.layers[step.layer], run[step.dst])
         lens, blocks, scales = view.context_lens, view.block_tables, self._kv.scales[step.layer]
@@ -277,44 +278,17 @@ class CudaModel:
             starts, tiles = view.query_start, view.tiles
             attention.attend_prefill(self._ctx, *arrays, starts, lens, blocks, tiles, spec, scales=scales)
 
-    def _activate(self, step: Activate, run: _Run) -> None:
+    def _activate(self, step: Activate, run: Run) -> None:
         activation.activate(self._ctx, run[step.src], run[step.dst], step.activation, step.gated)
 
-    def _add(self, step: Add, run: _Run) -> None:
+    def _add(self, step: Add, run: Run) -> None:
         rows.add(self._ctx, run[step.src], run[step.dst], step.scale)
 
-    def _gather(self, step: Gather, run: _Run) -> None:
+    def _gather(self, step: Gather, run: Run) -> None:
         rows.gather(self._ctx, run[step.src], run.view.logit_rows, run[step.dst])
 
-    def _finish(self, step: Finish, run: _Run) -> None:
+    def _finish(self, step: Finish, run: Run) -> None:
         rows.finish(self._ctx, run[step.dst], step.scale, step.softcap)
-
-
-@dataclass(frozen=True, slots=True)
-class _Submitted:
-    """A step on the device's stream; ``done`` is the event after it."""
-
-    ctx: Context
-    sampler: Sampler
-    rows: tuple[SamplingRow, ...]
-    done: Any
-
-    def result(self) -> list[SampledToken]:
-        with translated(f"waiting for a step on {self.ctx.device}; launched last: {self.ctx.device.last_launch}"):
-            self.done.sync()
-        return self.sampler.collect(self.rows, waited=True) if self.rows else []
-
-
-class _Run:
-    """One step: its inputs, and the workspace seen as buffers of this many rows."""
-
-    def __init__(self, view: View, memory: Array, offsets: Mapping[str, int], act: str) -> None:
-        self.view = view
-        self._memory, self._offsets, self._act = memory, offsets, act
-
-    def __getitem__(self, buffer: Buffer) -> Array:
-        count = self.view.count if buffer.rows == "tokens" else self.view.rows
-        return self._memory.at(self._offsets[buffer.name], "f32" if buffer.wide else self._act, count, buffer.columns)
 
 
 def _bucket(sequences: int) -> int:
