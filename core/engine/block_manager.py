@@ -46,10 +46,6 @@ class BlockManager:
         """Whether a new sequence of so many tokens fits and leaves ``spare`` blocks free."""
         return self.blocks_for(num_tokens) + spare <= len(self._free)
 
-    def can_extend(self, table: Sequence[int], num_tokens: int) -> bool:
-        """Whether the sequence can grow to ``num_tokens`` in all."""
-        return self.blocks_for(num_tokens) - len(table) <= len(self._free)
-
     def extend(self, table: list[int], num_tokens: int) -> bool:
         """Appends free blocks until ``table`` holds ``num_tokens``; if they do not suffice, changes nothing: False."""
         missing = self.blocks_for(num_tokens) - len(table)

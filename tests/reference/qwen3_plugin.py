@@ -43,7 +43,6 @@ class Qwen3:
         eps = meta.get(float, "attention.layer_norm_rms_epsilon")
         head_dim = meta.get(int, "attention.key_length")
         meta.require(attention__value_length=head_dim)
-        meta.ignore("vocab_size")
         name = f"blk.{index}.{{}}.weight".format
         return Block(
             attn_norm=RMSNorm(name("attn_norm"), eps),

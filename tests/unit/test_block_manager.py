@@ -37,7 +37,7 @@ def test_no_block_is_lost_or_given_twice(num_blocks, block_size, calls):
                 tables.append(shared)
             else:
                 before, free = list(table), manager.free_blocks
-                possible = manager.can_extend(table, num_tokens)
+                possible = manager.blocks_for(num_tokens) - len(table) <= manager.free_blocks
                 assert manager.extend(table, num_tokens) is possible
                 assert table[: len(before)] == before
                 assert manager.free_blocks == free - (len(table) - len(before))
