@@ -14,9 +14,13 @@ SUPPORTED_API_VERSIONS = (1,)  # this one and, once there is one, the previous
 class Architecture(Protocol):
     """Turns a model file's metadata into a Decoder. Pure: no files, no device, no state.
 
-    ``name`` is what YAML says (``architecture: llama_gqa``); ``gguf_names`` are the values of ``general.architecture``
+    ``name`` is what YAML says (``architecture: my_family``); ``gguf_names`` are the values of ``general.architecture``
     it answers to; ``api_version`` is the contract it was written for. All three may be plain class attributes. Several
     classes may share a name as long as no gguf_name is claimed twice.
+
+    Where files of one ``general.architecture`` belong to different plugins, an architecture may have one method more,
+    ``accepts(meta) -> bool``: it is asked only where several architectures answer to a file's name, and one that says
+    False leaves the file to the others.
     """
 
     @property

@@ -94,7 +94,7 @@ def load(
         return CpuModel(decoder, source, options, kinds, progress)
     from .runtime.cuda.model import CudaModel
 
-    return CudaModel(decoder, source, options, progress, index=_index(device))
+    return CudaModel(decoder, source, options, progress, index=_index(device), kinds=kinds)
 
 
 def _index(device: str) -> int:

@@ -6,96 +6,42 @@ One step at a time: schedule, run, record, detokenise. Knows nothing of files, p
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .engine import BlockManager, FinishReason, Request, SamplingParams, ScheduledStep, Scheduler, StopMatcher
+from .batches import Batches, row_of
+from .deltas import Delta, Detokeniser, Job, TokenLogprob
+from .engine import BlockManager, Request, SamplingParams, ScheduledStep, Scheduler
 from .errors import PolyheadError, RequestError
-from .lookahead import Ahead, can_foresee, row_of, to_batch
+from .lookahead import Ahead, can_foresee
 from .runtime.contract import Batch, LoadedModel, SampledToken
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """The natural-log probability of a generated token under the model's own logits, and of the most likely ones.
-
-    ``top`` holds (token id, log-probability), best first, as many as ``SamplingParams.logprobs`` asked for.
-    """
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What one step added to a generation. ``finish_reason`` is None on every delta but the last.
-
-    ``text`` never ends inside a UTF-8 character and never holds a part of a stop string, so it may lag behind
-    ``token_ids``.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...] | None = None
-    finish_reason: FinishReason | None = None
-
-
-class _Stream:
-    """One request's way from tokens to text, and the deltas nobody has taken yet."""
-
-    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
-        self.request = request
-        self.decoder = tokenizer.stream(continues=True) if tokenizer is not None else None
-        self.vocab = tokenizer.vocab_size if tokenizer is not None else 0
-        self.stops = StopMatcher(request.params.stops)
-        self.deltas: deque[Delta] = deque()
-        self.pushed = 0
-
-    def push(self, sampled: SampledToken, ended: bool) -> bool:
-        """Adds a token; True when its text completed a stop string."""
-        self.pushed += 1
-        text, hit = "", False
-        # A token that ends the generation is reported, but is not part of the text.
-        # Rows that only pad the embedding have none either.
-        silent = sampled.id >= self.vocab or (ended and sampled.id in self.request.stop_ids)
-        if self.decoder is not None and not silent:
-            text, hit = self._filter(self.decoder.push(sampled.id))
-        if ended and not hit and self.decoder is not None:
-            rest, hit = self._filter(self.decoder.flush())
-            text += rest
-            if not hit:
-                text += self.stops.flush()
-        logprobs = None
-        if sampled.logprob is not None:
-            logprobs = (TokenLogprob(sampled.id, sampled.logprob, sampled.top),)
-        reason = "stop" if hit else self.request.finish_reason if ended else None
-        self.deltas.append(Delta(text, (sampled.id,), logprobs, reason))
-        return hit
-
-    def _filter(self, text: str) -> tuple[str, bool]:
-        # Until min_tokens are made, no string ends the generation.
-        if len(self.request.output_ids) <= self.request.params.min_tokens and self.request.params.min_tokens:
-            return text, False
-        return self.stops.push(text)
+__all__ = ["Delta", "Generation", "Job", "TokenLogprob"]
 
 
 class Generation:
-    """Continuous batching on one loaded model. Requests may be added and aborted between steps. Not thread-safe."""
+    """Continuous batching on one loaded model. Jobs may be added and aborted between steps. Not thread-safe.
 
-    def __init__(self, model: LoadedModel, tokenizer: Tokenizer | None) -> None:
+    The whole loop is ``while generation.has_work: for job in generation.step(): …``, where ``step`` returns the jobs
+    that have new deltas or an error; :meth:`take` hands them out one by one.
+    """
+
+    def __init__(self, model: LoadedModel, tokenizer: Tokenizer | None, *, prefix_cache: bool = True) -> None:
+        """``prefix_cache``: keep the KV blocks of what was computed for prompts that begin alike. Without it only the
+        samples of one prompt share blocks.
+        """
         self.model = model
         self._tokenizer = tokenizer
+        self._prefix_cache = prefix_cache
         self._begin()
-        self._streams: dict[str, _Stream] = {}
+        self._jobs: dict[str, Job] = {}
+        self._texts: dict[str, tuple[Job, Detokeniser]] = {}  # by request
         self._ahead: Ahead | None = None
         self._ids = itertools.count()
 
@@ -104,93 +50,145 @@ class Generation:
         self._blocks = BlockManager(plan.num_blocks, plan.block_size)
         rows = min(plan.max_batch, plan.max_logit_rows)
         self._scheduler = Scheduler(self._blocks, plan.max_tokens, rows, plan.context)
+        self._batches = Batches(self._scheduler.max_sequences)
 
-    def add(self, prompt_ids: Sequence[int], params: SamplingParams) -> str:
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self._scheduler.has_work
+
+    @property
+    def free_blocks(self) -> int:
+        """KV blocks that no request holds; some may keep contents for requests to come."""
+        return self._blocks.free_blocks
+
+    @property
+    def cached_blocks(self) -> int:
+        """KV blocks whose contents may be used by requests to come."""
+        return self._blocks.cached_blocks
+
+    def add(self, prompt_ids: Sequence[int], params: SamplingParams, priority: int = 0) -> str:
         """Queues a prompt and returns its id. Raises RequestError for one that cannot be run."""
-        request = self.prepare(prompt_ids, params)
-        self.queue(request)
-        return request.id
+        job = self.prepare(prompt_ids, params, priority)
+        self.queue(job)
+        return job.id
 
-    def prepare(self, prompt_ids: Sequence[int], params: SamplingParams) -> Request:
-        """A checked request that is not queued yet, for a caller who must know its id before anything can go wrong."""
+    def prepare(self, prompt_ids: Sequence[int], params: SamplingParams, priority: int = 0) -> Job:
+        """A checked job that is not queued yet, for a caller who must know its id before anything can go wrong.
+
+        ``priority``: lower numbers run earlier; see :class:`~polyhead.engine.Scheduler` for what a level is worth.
+        """
         eos = self._tokenizer.stop_ids if self._tokenizer is not None else ()
-        request = Request(f"request-{next(self._ids)}", prompt_ids, params, eos_ids=eos)
+        name = f"request-{next(self._ids)}"
+        salt = b"" if self._prefix_cache else name.encode() if params.n > 1 else None
+        request = Request(name, prompt_ids, params, eos_ids=eos, priority=priority, cache_salt=salt)
         request.validate_for(self.model.decoder.vocab)
-        return request
+        if params.n > 1:
+            size = self._blocks.block_size
+            request.extend_keys(size, len(request.prompt_ids) // size)  # once for all samples
+        others = [request.another(f"{name}.{sample}", sample) for sample in range(1, params.n)]
+        return Job([request, *others], self._tokenizer)
 
-    def queue(self, request: Request) -> None:
-        """Queues a prepared request. Raises RequestError for one that does not fit the context."""
-        stream = _Stream(request, self._tokenizer)
+    def queue(self, job: Job) -> None:
+        """Queues a prepared job. Raises RequestError for one that does not fit the context."""
+        self._jobs[job.id] = job
         try:
-            self._scheduler.add(request)
-            self._streams[request.id] = stream
-        except PolyheadError:
-            raise
-        except BaseException:
-            self._repair()
-            raise
-
-    def abort(self, request_id: str) -> None:
-        """Ends a request and forgets it; its blocks are free at once. Unknown ids are ignored."""
-        self._streams.pop(request_id, None)
-        try:
-            self._scheduler.abort(request_id)
-        except BaseException:
-            self._repair()
+            for text in job.texts:  # the first is refused if any would be
+                self._texts[text.request.id] = job, text
+                self._scheduler.add(text.request)
+        except BaseException as error:
+            if not isinstance(error, PolyheadError):
+                self._repair()
+            self.abort(job.id)
             raise
 
-    def take(self, request_id: str) -> Delta | None:
-        """The next delta of a request, or None if it needs another step.
+    def abort(self, job_id: str) -> None:
+        """Ends a job and forgets it; its blocks are free at once. Unknown ids are ignored."""
+        job = self._jobs.pop(job_id, None)
+        if job is not None:
+            try:
+                self._end(job)
+            except BaseException:
+                self._repair()
+                raise
 
-        Raises the error that ended it, if one did, and RequestError for a request that is not there: it has ended, or
+    def take(self, job_id: str) -> Delta | None:
+        """The next delta of a job, or None if it needs another step.
+
+        Raises the error that ended it, if one did, and RequestError for a job that is not there: it has ended, or
         another thread closed it.
         """
-        stream = self._streams.get(request_id)
-        if stream is None:
-            raise RequestError(f"{request_id} is not running: it has ended or was closed")
-        if stream.deltas:
-            delta = stream.deltas.popleft()
-            if delta.finish_reason is not None:
-                del self._streams[request_id]
+        job = self._jobs.get(job_id)
+        if job is None:
+            raise RequestError(f"{job_id} is not running: it has ended or was closed")
+        if job.deltas:
+            delta = job.deltas.popleft()
+            if job.done and not job.deltas:
+                del self._jobs[job_id]
             return delta
-        if stream.request.error is not None:
-            del self._streams[request_id]
-            raise stream.request.error
+        error = job.error
+        if error is not None:
+            self.abort(job_id)
+            raise error
         return None
 
-    def step(self) -> None:
-        """Runs one step of whatever is scheduled. If the model fails, the requests it concerns end with its error.
+    def step(self) -> list[Job]:
+        """Runs one step of whatever is scheduled, and returns the jobs that it gave deltas to or ended with an error.
 
-        An interrupt (Ctrl-C, no memory) passes through and leaves a sound state: a request whose part of the step was
-        lost ends with an error.
+        If the model fails, the jobs it concerns end with its error. An interrupt (Ctrl-C, no memory) passes through and
+        leaves a sound state: a job whose part of the step was lost ends with an error.
         """
         try:
-            self._step()
+            return list(self._step())
         except BaseException:
             self._repair()
             raise
 
-    def _step(self) -> None:
+    def _step(self) -> dict[Job, None]:
         step = self._scheduler.schedule()
+        news: dict[Job, None] = {}
         try:
-            sampled = self._run(step) if step.chunks else []
+            sampled = self._run(step) if step.requests else []
         except PolyheadError as error:
             self._ahead = None
-            self._fail(step, error)
-            return
-        self._scheduler.postprocess(step, [token.id for token in sampled])
+            concerned = step.requests if error.row is None else [step.sampled[error.row]]
+            for request in concerned:  # what is left is planned anew
+                self._fail(request, error, news)
+            return news
+        for request in self._scheduler.postprocess(step, [token.id for token in sampled]):
+            if request.error is not None:
+                self._fail(request, request.error, news)
         for request, token in zip(step.sampled, sampled, strict=True):
-            stream = self._streams.get(request.id)
-            if stream is None:
+            found = self._texts.get(request.id)
+            if found is None:  # aborted
                 continue
+            job, text = found
             try:
-                hit = stream.push(token, request.finished)
+                delta = text.push(token)
             except PolyheadError as error:  # one request's text must not cost the others theirs
-                request.error = error
-                self._scheduler.finish(request.id, "error")
+                self._fail(request, error, news)
                 continue
-            if hit and not request.finished:
-                self._scheduler.finish(request.id)
+            news[job] = None
+            job.append(delta)
+            if delta.finish_reason is not None:
+                self._scheduler.finish(request.id)  # if it was a stop string, which the scheduler does not see
+                del self._texts[request.id]
+            text.pushed += 1  # now the token is safe from an interrupt
+        return news
+
+    def _fail(self, request: Request, error: PolyheadError, news: dict[Job, None]) -> None:
+        """Ends a request and the other samples of its prompt with an error."""
+        request.error = error
+        found = self._texts.get(request.id)
+        if found is not None:
+            news[found[0]] = None
+            self._end(found[0])
+
+    def _end(self, job: Job) -> None:
+        """Ends all of a job's requests that have not ended."""
+        for request in job.requests:
+            self._texts.pop(request.id, None)
+            self._scheduler.finish(request.id, "abort" if request.error is None else "error")
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """float32 [n, vocab]: row i are the logits after token i, as the model itself gives them.
@@ -229,11 +227,6 @@ class Generation:
         finally:
             self._blocks.free(table)
 
-    @property
-    def free_blocks(self) -> int:
-        """KV blocks that no request holds."""
-        return self._blocks.free_blocks
-
     def check_integrity(self) -> None:
         """Recounts blocks and queues; raises RuntimeError where they disagree."""
         self._scheduler.check_integrity()
@@ -241,32 +234,29 @@ class Generation:
     def _run(self, step: ScheduledStep) -> list[SampledToken]:
         """The tokens of a step. Where the next one can be foreseen it is handed over first: no device waits for us."""
         ahead, self._ahead = self._ahead, None
+        batch: Batch | None = None
         if ahead is not None and ahead.is_(step):
             pending = ahead.pending
         else:
-            pending = self.model.submit(to_batch(step), [row_of(request) for request in step.sampled])
-        if self.model.runs_ahead and can_foresee(step, self._blocks.block_size, self.model.plan.context):
-            self._ahead = Ahead.submit(self.model, step, pending)
+            batch = self._batches.of(step)
+            pending = self.model.submit(batch, [row_of(request) for request in step.sampled])
+        if self.model.runs_ahead and can_foresee(step):
+            self._ahead = Ahead.submit(self.model, step, batch or self._batches.of(step), pending)
         return pending.result()
-
-    def _fail(self, step: ScheduledStep, error: PolyheadError) -> None:
-        """Ends the request that an error concerns, or all of the step; what is left is planned anew."""
-        concerned = [chunk.request for chunk in step.chunks] if error.row is None else [step.sampled[error.row]]
-        for request in concerned:
-            request.error = error
-            self._scheduler.finish(request.id, "error")
 
     def _repair(self) -> None:
         """After an interrupt anywhere: ends what lost a token, and begins anew if the books do not balance."""
         self._ahead = None
         lost = PolyheadError("the generation was interrupted")
         try:
-            for stream in list(self._streams.values()):
-                if stream.request.error is None and stream.pushed != len(stream.request.output_ids):
-                    stream.request.error = lost
-                    self._scheduler.finish(stream.request.id, "error")
+            for job, text in list(self._texts.values()):
+                if text.pushed != len(text.request.output_ids) and job.error is None:
+                    text.request.error = lost
+                    self._end(job)
             self._scheduler.check_integrity()
-        except (RuntimeError, ValueError, KeyError):
-            for stream in self._streams.values():
-                stream.request.error = stream.request.error or lost
+        except (RuntimeError, ValueError, KeyError, IndexError):
+            for job in self._jobs.values():
+                if not job.done and job.error is None:
+                    job.requests[0].error = lost
+            self._texts.clear()
             self._begin()

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from threading import RLock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import devices
+from .completion import Completion, Stream
 from .config import LoadedConfig, load_config
-from .engine import FinishReason, SamplingParams
+from .deltas import Delta, Job
+from .engine import SamplingParams
 from .errors import PolyheadError, RequestError, TemplateError, TokenizerError
-from .generation import Delta, Generation, TokenLogprob
+from .generation import Generation
 from .model import Model
 from .plugins import Registry, discover
+from .prompts import Prompt, as_prompts
 from .sources import resolve_model
 
 if TYPE_CHECKING:
@@ -28,54 +29,9 @@ if TYPE_CHECKING:
     from .runtime.memory import MemoryPlan
     from .tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
+__all__ = ["LLM", "Completion", "Prompt", "Stream"]
+
 _MOST_CHARACTERS = 256  # in one token, for any vocabulary
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A finished generation.
-
-    ``token_ids`` includes the token that ended it; ``text`` does not, nor a stop string. ``logprobs`` has one entry per
-    token if they were asked for. ``finish_reason`` is ``stop`` or ``length``.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    logprobs: tuple[TokenLogprob, ...] | None
-    prompt_token_ids: tuple[int, ...]
-
-
-class Stream(Iterator[Delta]):
-    """The deltas of one generation as they come. Aborts it when closed, dropped, or left with an exception."""
-
-    def __init__(self, llm: LLM, request: str) -> None:
-        self._llm = llm
-        self._request: str | None = request
-
-    def __next__(self) -> Delta:
-        if self._request is None:
-            raise StopIteration
-        try:
-            delta = self._llm._next(self._request)
-        except BaseException:
-            self._request = None
-            raise
-        if delta.finish_reason is not None:
-            self._request = None
-        return delta
-
-    def close(self) -> None:
-        """Ends the generation now; its KV blocks are free at once. Safe to call twice."""
-        if self._request is not None:
-            self._llm._abort(self._request)
-            self._request = None
-
-    def __del__(self) -> None:
-        # The collector may run this at any point, even while this thread plans a step.
-        if self._request is not None:
-            self._llm._drop(self._request)
 
 
 class LLM:
@@ -128,7 +84,9 @@ class LLM:
                 registry.module_kinds(),
                 progress,
             )
-            self._generation: Generation | None = Generation(runtime, self.tokenizer)
+            self._generation: Generation | None = Generation(
+                runtime, self.tokenizer, prefix_cache=config.runtime.prefix_cache
+            )
         except BaseException:
             self.model.close()
             raise
@@ -158,35 +116,47 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
     ) -> list[Completion]:
         """Continues each prompt, a string or a list of token ids; several run as one continuous batch.
 
         A single string or list of ids counts as one prompt. ``params`` is one for all or one for each; None takes the
-        configuration's. Completions come in the order of the prompts. Raises RequestError before anything runs if any
-        prompt is empty, too long for the context, or holds an id out of range.
+        configuration's. ``priority`` too is one or one for each: lower numbers run earlier, against those of other
+        threads too. Completions come in the order of the prompts; with ``n`` samples, ``outputs`` of each has them all.
+        Raises RequestError before anything runs if any prompt is empty, too long for the context, or holds an id out
+        of range.
         """
-        batch = _as_prompts(prompts)
+        batch = as_prompts(prompts)
         each = self._params_for(batch, params)
+        ranks = [priority] * len(batch) if isinstance(priority, int) else list(priority)
+        if len(ranks) != len(batch):
+            raise RequestError(f"{len(batch)} prompts, but {len(ranks)} priorities")
         ids = [self.encode(prompt) for prompt in batch]
         with self._engine() as generation:
-            requests = [generation.prepare(prompt, param) for prompt, param in zip(ids, each, strict=True)]
+            jobs = [generation.prepare(*one) for one in zip(ids, each, ranks, strict=True)]
             try:
-                for request in requests:
-                    generation.queue(request)
-                return [self._complete(request.id, request.prompt_ids) for request in requests]
+                for job in jobs:
+                    generation.queue(job)
+                return [self._complete(job) for job in jobs]
             finally:  # an interrupt while queueing too: every id is known
-                for request in requests:
-                    generation.abort(request.id)
+                for job in jobs:
+                    generation.abort(job.id)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> Stream:
         """Continues one prompt and yields what each step adds. Closing or dropping it early frees its memory.
 
-        Raises as :meth:`generate`, at the call and not at the first iteration.
+        Raises as :meth:`generate`, at the call and not at the first iteration; also for ``n`` above 1, as one stream
+        holds one text.
         """
         (each,) = self._params_for([prompt], params)
+        if each.n > 1:
+            raise RequestError(f"a stream has one sample, n is {each.n}: start a stream for each, or use generate")
         ids = self.encode(prompt)
         with self._engine() as generation:
-            return Stream(self, generation.add(ids, each))
+            job = generation.prepare(ids, each, priority)
+            generation.queue(job)
+            return Stream(self, job)
 
     def chat(
         self,
@@ -272,19 +242,11 @@ class LLM:
                     return delta
                 generation.step()
 
-    def _complete(self, request: str, prompt: Sequence[int]) -> Completion:
-        deltas = [self._next(request)]
-        while deltas[-1].finish_reason is None:
-            deltas.append(self._next(request))
-        reason = deltas[-1].finish_reason
-        asked = deltas[0].logprobs is not None
-        return Completion(
-            text="".join(delta.text for delta in deltas),
-            token_ids=tuple(token for delta in deltas for token in delta.token_ids),
-            finish_reason=reason,
-            logprobs=tuple(item for delta in deltas for item in delta.logprobs or ()) if asked else None,
-            prompt_token_ids=tuple(prompt),
-        )
+    def _complete(self, job: Job) -> Completion:
+        deltas: list[Delta] = []
+        while not job.done or job.deltas:
+            deltas.append(self._next(job.id))
+        return Completion.of(job, deltas)
 
     def encode(self, prompt: Prompt) -> Sequence[int]:
         """The token ids of a prompt as :meth:`generate` takes it: strings of control tokens count as such, and BOS is
@@ -325,30 +287,3 @@ class LLM:
         if self._generation is None:
             raise PolyheadError("the LLM is closed")
         return self._generation
-
-
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, bytes | bytearray | Mapping | Set) or not hasattr(prompts, "__len__"):
-        raise RequestError(f"prompts must be a string, token ids, or a list of these, got {type(prompts).__name__}")
-    try:
-        items: list[Any] = list(prompts)
-    except TypeError:  # a NumPy array without dimensions
-        raise RequestError(f"prompts must be a string, token ids, or a list of these, got {prompts!r}") from None
-    for item in items:
-        if isinstance(item, bytes | bytearray | Mapping | Set):
-            raise RequestError(f"a prompt must be a string or a list of token ids, got {type(item).__name__}")
-    if items and all(map(_is_id, items)):
-        return [items]
-    if not items:
-        raise RequestError("the list of prompts is empty; give at least one prompt")
-    return items
-
-
-def _is_id(item: object) -> bool:
-    try:  # not hasattr(): every NumPy array has __index__, whatever its shape
-        operator.index(item)  # type: ignore[arg-type]
-    except TypeError:
-        return False
-    return True

@@ -122,6 +122,8 @@ def _check_module_kind(kind: Any) -> None:
         raise PluginError(f"ModuleKind: spec is {_short(spec)}, expected a subclass of polyhead.arch.Module")
     if not callable(kind.cpu):
         raise PluginError(f"ModuleKind for {spec.__name__}: cpu is {_short(kind.cpu)}, expected a callable")
+    if kind.cuda is not None and not callable(kind.cuda):
+        raise PluginError(f"ModuleKind for {spec.__name__}: cuda is {_short(kind.cuda)}, expected a callable or None")
 
 
 def _check_no_repeats(noun: str, names: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ import difflib
 import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata as importlib_metadata
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import click
 
 GROUP = "polyhead"
-GUIDE = "docs/plugins.md"
+GUIDE = "docs/plugins/tutorial.md"
 _MOST_SHOWN = 10
 
 _log = logging.getLogger("polyhead")
@@ -71,15 +72,22 @@ class Registry:
             for architecture in plugin.architectures:
                 yield plugin, architecture
 
-    def find(self, gguf_name: str, wanted: str | None = None) -> tuple[Plugin, Architecture]:
+    def find(
+        self,
+        gguf_name: str,
+        wanted: str | None = None,
+        accepts: Callable[[Plugin, Architecture], bool] | None = None,
+    ) -> tuple[Plugin, Architecture]:
         """The architecture for a file's ``general.architecture``, or the one a config names if it agrees.
 
-        Raises PluginError when none or several answer.
+        ``accepts`` is asked where several answer to the name. Raises PluginError when none or several are left.
         """
         candidates = [pair for pair in self._architectures() if wanted in (None, pair[1].name)]
         if wanted is not None and not candidates:
             raise PluginError(self._unknown_name(wanted))
         found = [pair for pair in candidates if gguf_name in pair[1].gguf_names]
+        if len(found) > 1 and accepts is not None:
+            found = [pair for pair in found if accepts(*pair)] or found
         if len(found) == 1:
             return found[0]
         if found:
@@ -108,20 +116,20 @@ class Registry:
         name = values.get("general.architecture")
         if not isinstance(name, str):
             raise MissingKeyError("the file has no metadata key general.architecture, so no plugin can be chosen")
-        plugin, arch = self.find(name, architecture)
+
+        def accepts(plugin: Plugin, arch: Architecture) -> bool:
+            asked = getattr(arch, "accepts", None)
+            with _blaming(plugin):
+                return asked is None or bool(asked(Metadata(values, tensors, name, arch.name)))
+
+        plugin, arch = self.find(name, architecture, accepts)
         meta = Metadata(values, tensors, name, arch.name)
-        try:
+        with _blaming(plugin):
             decoder = arch.decoder(meta)
             if not isinstance(decoder, Decoder):
                 raise PluginError(f"decoder() returned {type(decoder).__name__}, expected Decoder")
             check_modules(decoder)
             tuple(decoder.tensors())  # a leaf of the wrong type shows here, and not as a crash later
-        except PluginError as error:
-            raise PluginError(f"plugin {plugin.origin}: {error}") from error
-        except PolyheadError:
-            raise
-        except (Exception, SystemExit) as error:
-            raise PluginError(f"plugin {plugin.origin} failed on this file: {summary(error)}") from error
         unread = [key for key in meta.unread() if key not in ignore]
         if unread:
             shown = ", ".join(f"{_short(key)} = {_short(repr(values[key]))}" for key in unread[:_MOST_SHOWN])
@@ -165,7 +173,7 @@ class Registry:
     def _unknown_architecture(self, gguf_name: str) -> str:
         return (
             f"no plugin answers to general.architecture {_short(repr(gguf_name))}. Known:\n{self._known()}\n"
-            f"A pip package can add it: {GUIDE} shows how"
+            f"A pip package can add it: {GUIDE} shows how, and `polyhead plugins new NAME` writes one to begin with"
         )
 
     def _unknown_name(self, wanted: str) -> str:
@@ -194,7 +202,7 @@ def discover(
     ``disable`` holds names of entry points or distributions; a name that matches none is a PluginError.
     ``entry_points`` replaces the installed ones.
     """
-    disabled = {_canonical(name) for name in disable}
+    disabled = {canonical(name) for name in disable}
     plugins: dict[tuple[str, str, str], Plugin] = {}
     for entry in _installed() if entry_points is None else entry_points:
         plugin = Plugin(entry.name, entry.value, *_distribution(entry))
@@ -202,7 +210,7 @@ def discover(
         if key in plugins:  # an editable install may be listed twice
             continue
         plugins[key] = plugin
-        if disabled & {_canonical(plugin.name), _canonical(plugin.distribution)}:
+        if disabled & {canonical(plugin.name), canonical(plugin.distribution)}:
             plugin.state = "disabled"
         else:
             _load(plugin, entry)
@@ -213,6 +221,19 @@ def discover(
         if plugin.state == "FAILED":
             _log.warning("plugin %s is left out: %s", plugin.origin, plugin.reason)
     return Registry(ordered)
+
+
+@contextmanager
+def _blaming(plugin: Plugin) -> Iterator[None]:
+    """Errors of a plugin's own code name it; those it raises on purpose about the file stay as they are."""
+    try:
+        yield
+    except PluginError as error:
+        raise PluginError(f"plugin {plugin.origin}: {error}") from error
+    except PolyheadError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"plugin {plugin.origin} failed on this file: {summary(error)}") from error
 
 
 def _installed() -> Iterator[importlib_metadata.EntryPoint]:
@@ -250,11 +271,11 @@ def _load(plugin: Plugin, entry: importlib_metadata.EntryPoint) -> None:
 
 def _refuse_unknown(disable: Collection[str], plugins: Sequence[Plugin]) -> None:
     known = sorted({plugin.name for plugin in plugins} | {plugin.distribution for plugin in plugins})
-    canonical = {_canonical(name): name for name in known}
+    by_name = {canonical(name): name for name in known}
     for name in disable:
-        if _canonical(name) not in canonical:
-            close = difflib.get_close_matches(_canonical(name), canonical, 1)
-            hint = f" Did you mean {canonical[close[0]]}?" if close else ""
+        if canonical(name) not in by_name:
+            close = difflib.get_close_matches(canonical(name), by_name, 1)
+            hint = f" Did you mean {by_name[close[0]]}?" if close else ""
             raise PluginError(
                 f"plugins.disable names {name!r}, which is not installed.{hint} Installed: {', '.join(known) or 'none'}"
             )
@@ -270,8 +291,8 @@ def _refuse_shared_specs(plugins: Sequence[Plugin]) -> None:
                 break
 
 
-def _canonical(name: str) -> str:
-    """Package names are equal whatever their case and whichever of ``-``, ``_`` and ``.`` they use (PEP 503)."""
+def canonical(name: str) -> str:
+    """To compare by: names are equal whatever their case and whichever of ``-``, ``_`` and ``.`` they use (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

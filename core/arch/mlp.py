@@ -24,7 +24,8 @@ class FusedGateUp:
 class MLP:
     """down(act(up(x))), or with a gate down(act(gate(x)) · up(x)). ``size`` is the inner width.
 
-    ``gelu`` is the erf form, ``gelu_tanh`` GPT-2's (Hendrycks and Gimpel 2016), ``gelu_quick`` x·σ(1.702x).
+    ``gelu`` is the erf form, ``gelu_tanh`` its tanh approximation (Hendrycks and Gimpel 2016), ``gelu_quick``
+    x·σ(1.702x).
     """
 
     size: int

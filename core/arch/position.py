@@ -70,8 +70,8 @@ class Rope:
     """Rotary position embedding (Su et al. 2021) on the first ``dim`` of each head's components.
 
     Pair i turns by position · theta^(−2i/dim). ``pairing`` says which components make pair i: ``interleaved`` 2i and
-    2i+1 (as GGUF stores llama), ``half`` i and i + dim/2 (GPT-NeoX). ``factors`` names a tensor [dim/2] that divides
-    the frequencies, as Llama 3.1 ships it.
+    2i+1, ``half`` i and i + dim/2. It follows from how a file was converted and stands nowhere in it. ``factors`` names
+    a tensor [dim/2] that divides the frequencies, such as ``rope_freqs.weight``.
     """
 
     theta: float

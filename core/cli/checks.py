@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
 
-from ..errors import SourceError
+from ..errors import DeviceError, SourceError
 
 State = Literal["ok", "warn", "missing", "broken"]
 
@@ -45,6 +45,7 @@ def all_checks() -> Iterator[Check]:
         check_numpy,
         check_gpu,
         check_device,
+        check_compiler,
         check_extras,
         check_cache,
         check_plugins,
@@ -138,6 +139,28 @@ def check_device() -> Iterator[Check]:
     yield Check("ok", "device", f"'auto' means {resolve_device('auto')[1]}")
 
 
+def check_compiler() -> Iterator[Check]:
+    """NVRTC and CUDA's headers, found by compiling a kernel with them."""
+    from ..runtime.cuda.compile_all import ARCHITECTURES, compile_small, find_toolkit
+
+    name = "CUDA compiler"
+    try:
+        toolkit = find_toolkit()
+    except DeviceError as error:
+        detail, _, fix = str(error).partition(". Run: ")
+        yield Check("missing", name, f"{detail}; models run on the CPU", fix)
+        return
+    sm = next(iter(gpu_architectures()), ARCHITECTURES[0])
+    found = "NVRTC {}.{}".format(*toolkit.version) + f", headers in {toolkit.headers}"
+    try:
+        seconds = compile_small(sm)
+    except DeviceError as error:
+        reason = " ".join(str(error).split())
+        yield Check("warn", name, f"{found}; a small kernel fails: {reason}", "install one version of CUDA's packages")
+        return
+    yield Check("ok", name, f"{found}; a small kernel for {sm} took {seconds:.2f} s")
+
+
 def check_extras() -> Iterator[Check]:
     """Optional parts: which are complete, and the command that completes the others."""
     parts: dict[str, list[str]] = {extra: [] for extra in EXTRAS}
@@ -211,6 +234,14 @@ def check_plugins() -> Iterator[Check]:
             names = ", ".join(name for item in plugin.architectures for name in item.gguf_names)
             detail = f"{plugin.distribution} {plugin.version}{f', for {names}' if names else ''}"
             yield Check("ok", f"plugin {plugin.name}", detail)
+
+
+def gpu_architectures() -> list[str]:
+    """What kernels are compiled for on this machine's GPUs, each once; empty without one that can be used."""
+    from ..runtime.cuda.device import sm_name
+    from ..runtime.cuda.probe import MINIMUM_CC, probe
+
+    return list(dict.fromkeys(sm_name(info.cc) for info in probe().devices if info.cc >= MINIMUM_CC))
 
 
 def requirements(distribution: str = "polyhead") -> list[tuple[str, str | None]]:

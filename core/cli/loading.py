@@ -22,7 +22,10 @@ def open_llm(console: Console, loaded: LoadedConfig) -> LLM:
     start = time.perf_counter()
     with console.loading() as progress:
         llm = LLM(loaded, progress=progress)
-    console.note(summary(llm, time.perf_counter() - start))
+    seconds = time.perf_counter() - start
+    console.note(summary(llm, seconds))
+    size = sum(info.nbytes for info in facts.claimed(llm.model))
+    console.detail(f"polyhead: loaded {size / 1e9:.2f} GB in {seconds:.2f} s ({size / seconds / 1e9:.1f} GB/s)")
     console.detail(f"polyhead: {llm.model.path}, as {llm.plan.device} holds it:\n{llm.plan.table()}")
     return llm
 

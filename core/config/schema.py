@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from ..engine.sampling import MAX_BIASES, MAX_LOGPROBS, MAX_STOP_CHARS, MAX_STOP_TOKENS, MAX_STOPS
+from ..engine.sampling import MAX_BIASES, MAX_LOGPROBS, MAX_SAMPLES, MAX_STOP_CHARS, MAX_STOP_TOKENS, MAX_STOPS
 from ..errors import SourceError
 from ..sources.reference import parse_reference
 
@@ -171,6 +171,10 @@ class RuntimeConfig(Section):
     deterministic: bool = Field(
         default=False, description="Bit-equal results alone, in any batch and with any chunking; somewhat slower."
     )
+    prefix_cache: bool = Field(
+        default=True,
+        description="Keep the KV blocks of prompts and outputs, as memory allows, for requests that begin alike.",
+    )
     threads: int | None = Field(
         default=None,
         ge=1,
@@ -223,6 +227,7 @@ class SamplingConfig(Section):
         description="Log-probabilities to report for each token: of the chosen one and of this many likeliest; "
         "null: none.",
     )
+    n: int = Field(default=1, ge=1, le=MAX_SAMPLES, description="Samples of each prompt, which is computed once.")
 
     @model_validator(mode="after")
     def _consistent(self) -> SamplingConfig:

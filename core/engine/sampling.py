@@ -19,6 +19,7 @@ MAX_STOP_CHARS = 1_000
 MAX_STOP_TOKENS = 256
 MAX_BIASES = 1_024
 MAX_LOGPROBS = 20
+MAX_SAMPLES = 128
 _SEED_END = 2**64
 _INT32_MAX = 2**31 - 1  # token ids and counts are 32-bit integers on a device
 
@@ -49,6 +50,8 @@ class SamplingParams:
         token. The mapping is copied; treat the copy as read-only.
     logprobs: None, or 0 to 20: report the log-probability of each token and of so many of the most likely. They come
         from the model's own logits, before any of the above.
+    n: 1 to 128; so many samples of the prompt, which is computed once. Sample i has the seed
+        ``(seed + i * 0x9E3779B97F4A7C15) mod 2**64``, so sample 0 is what n = 1 gives; greedy samples are alike.
     """
 
     temperature: float = 1.0
@@ -66,6 +69,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     logprobs: int | None = None
+    n: int = 1
 
     def __post_init__(self) -> None:
         self._set("temperature", _number("temperature", self.temperature, 0.0))
@@ -86,6 +90,7 @@ class SamplingParams:
         self._set("logit_bias", _logit_bias(self.logit_bias))
         if self.logprobs is not None:
             self._set("logprobs", _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, note=", or None"))
+        self._set("n", _integer("n", self.n, 1, MAX_SAMPLES))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

@@ -5,38 +5,65 @@ Pure policy: knows nothing of devices, text or sampling. Not thread-safe; one lo
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 
 from ..errors import CapacityError, ConfigError, RequestError
 from .block_manager import BlockManager
 from .request import FinishReason, Request, Status
+from .roster import Roster
 from .step import ScheduledStep
+
+AGEING_STEPS = 256
 
 
 class Scheduler:
-    """First come, first served, with chunked prefill beside decodes, and preemption by recomputing.
+    """Chunked prefill beside decodes, by priority and arrival, with preemption by recomputing and shared prefixes.
 
     Two calls make a step, and nothing a request has computed moves but in the second::
 
         while scheduler.has_work:
             step = scheduler.schedule()
-            ids = run(step) if step.chunks else []       # one token id for each of step.sampled
+            ids = run(step) if step.requests else []       # one token id for each of step.sampled
             finished = scheduler.postprocess(step, ids)
 
-    Running and waiting requests, one after the other, are always in order of arrival. A request is admitted when the
-    blocks for all its tokens so far are free; the one at the head of the queue is never overtaken. A running request
-    that needs a block when none is free takes those of the youngest running one, which goes back to the head of the
-    queue and is computed again later. So the oldest request gets at least one token further in every step, and no
-    request waits for ever.
+    **Order.** A request has a rank for life: ``(steps done when it came + priority * ageing_steps, order of arrival)``,
+    the lowest first. So of equal priorities the first to come is first, and one level of priority is worth
+    ``ageing_steps`` steps of waiting. Requests are admitted by rank, when the blocks for all their tokens so far are
+    free; the head of the queue is never overtaken. If it does not fit, running requests of a higher rank go back to the
+    queue, where that makes it fit; so do they when a running request needs a block and none is free, the highest rank
+    first. They lose their blocks and are computed again later.
+
+    **No starvation.** The request of the lowest rank gets at least one token further in every step and is never sent
+    back. So a request ends, at the latest, after as many steps as all requests of a lower rank and itself have prompt
+    tokens, ``max_tokens`` and one; and with d levels between its priority and the best one in use, only such requests
+    can have a lower rank as come at most ``d * ageing_steps`` steps after it.
+
+    **Shared prefixes.** Full blocks of requests with a ``cache_salt`` are published when the step that fills them is
+    done, and not before: a step that fails publishes nothing. A request is admitted with the blocks that are published
+    for its beginning, but always computes its last token itself. While a request of a lower rank computes the very
+    block that the head of the queue needs next, the head waits for it. It is assumed that steps are carried out in the
+    order in which they are handed over: a block given up may be handed out while the step under way still reads it.
     """
 
-    def __init__(self, block_manager: BlockManager, max_tokens_per_step: int, max_sequences: int, context: int) -> None:
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        max_tokens_per_step: int,
+        max_sequences: int,
+        context: int,
+        *,
+        ageing_steps: int = AGEING_STEPS,
+    ) -> None:
         """``context``: the most tokens, prompt and output, that one request may have; it ends there with "length".
 
         At most ``min(max_sequences, max_tokens_per_step)`` requests run at once, so that each can decode in each step.
         """
-        limits = {"max_tokens_per_step": max_tokens_per_step, "max_sequences": max_sequences}
+        limits = {
+            "max_tokens_per_step": max_tokens_per_step,
+            "max_sequences": max_sequences,
+            "ageing_steps": ageing_steps,
+        }
         for name, value in limits.items():
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
@@ -46,26 +73,26 @@ class Scheduler:
         self.max_tokens_per_step = max_tokens_per_step
         self.max_sequences = min(max_sequences, max_tokens_per_step)
         self.context = context
-        self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []
-        self._by_id: dict[str, Request] = {}
+        self.ageing_steps = ageing_steps
+        self._roster = Roster(block_manager)
         self._failed: list[Request] = []  # ended by schedule(), not yet returned by postprocess()
         self._step: ScheduledStep | None = None
+        self._steps = self._arrivals = 0
 
     @property
     def num_waiting(self) -> int:
         """Requests that hold no blocks: new ones and preempted ones."""
-        return len(self._waiting)
+        return len(self._roster.waiting)
 
     @property
     def num_running(self) -> int:
         """Requests that are being computed."""
-        return len(self._running)
+        return self._roster.num_running
 
     @property
     def has_work(self) -> bool:
         """Whether a request has yet to end or to be returned as ended."""
-        return bool(self._running or self._waiting or self._failed)
+        return bool(self._roster or self._failed)
 
     def add(self, request: Request) -> None:
         """Queues a new request.
@@ -73,11 +100,8 @@ class Scheduler:
         Raises ``RequestError`` if its id is in use or its prompt leaves no room in the context for one token more, and
         ``CapacityError`` if its prompt would not fit into an empty cache.
         """
+        self._roster.check_new(request)
         length = len(request.prompt_ids)
-        if request.id in self._by_id:
-            raise RequestError(f"request id {request.id!r} is in use; give each request an id of its own")
-        if request.status is not Status.WAITING or request.output_ids:
-            raise RequestError(f"request {request.id!r} was added before; make a new one")
         if length >= self.context:
             raise RequestError(
                 f"the prompt has {length} tokens; the context of {self.context} takes at "
@@ -85,8 +109,10 @@ class Scheduler:
             )
         if length > self.block_manager.capacity:
             raise CapacityError(self._too_large(request))
-        self._by_id[request.id] = request
-        self._waiting.append(request)
+        request.rank = (self._steps + request.priority * self.ageing_steps, self._arrivals)
+        request.final = min(length + request.params.max_tokens, self.context) - 1
+        self._arrivals += 1
+        self._roster.add(request)
 
     def abort(self, request_id: str) -> Request | None:
         """Ends a request with "abort" and frees its blocks; returns it, or None if there is none or it has ended.
@@ -97,10 +123,9 @@ class Scheduler:
 
     def finish(self, request_id: str, reason: FinishReason = "stop") -> Request | None:
         """Ends a request for a reason that only the caller sees, such as a stop string in the text. As ``abort``."""
-        request = self._by_id.get(request_id)
-        if request is None or request.finished:
-            return None
-        self._end(request, reason)
+        request = self._roster.get(request_id)
+        if request is not None:
+            self._roster.end(request, reason)
         return request
 
     def schedule(self) -> ScheduledStep:
@@ -108,31 +133,22 @@ class Scheduler:
 
         Calling it again without ``postprocess``, after a step that failed, plans that work anew.
         """
-        budget = self.max_tokens_per_step
+        roster = self._roster
+        # Blocks are needed for the next token and the one after it, so that the loop may be one step ahead.
+        for request in [r for r in roster.decoding if r.held_tokens < r.num_cached_tokens + 2]:
+            if request.status is Status.RUNNING:  # not sent back for one before it
+                self._make_room(request)
+        while roster.waiting and self._admit():
+            pass
+        budget = self.max_tokens_per_step - len(roster.decoding)
         pieces: list[tuple[Request, int]] = []
-        index = 0
-        while index < len(self._running):
-            request = self._running[index]
-            if request.num_tokens - request.num_cached_tokens > 1:
-                index += 1  # still in prefill
-            elif self._make_room(request):
-                pieces.append((request, 1))
-                budget -= 1
-                index += 1
-            # else: it was the youngest and does not run any more, so the loop ends here
-        for request in self._running:
-            remaining = request.num_tokens - request.num_cached_tokens
-            if remaining > 1 and budget:
-                chunk = min(remaining, budget)
-                pieces.append((request, chunk))
-                budget -= chunk
-        # What was preempted above does not come back here: it needs all the blocks that it gave up, and one is taken.
-        while budget and self._admit():
-            request = self._running[-1]
-            chunk = min(request.num_tokens, budget)
+        for request in roster.prefilling:
+            if not budget:
+                break
+            chunk = min(request.num_tokens - request.num_cached_tokens, budget)
             pieces.append((request, chunk))
             budget -= chunk
-        self._step = ScheduledStep.of(pieces)
+        self._step = ScheduledStep.of(roster.decoding, pieces)
         return self._step
 
     def postprocess(self, step: ScheduledStep, sampled: Sequence[int]) -> list[Request]:
@@ -146,92 +162,119 @@ class Scheduler:
         if len(sampled) != len(step.sampled):
             raise RuntimeError(f"the step samples {len(step.sampled)} tokens, but {len(sampled)} were given")
         self._step = None
+        self._steps += 1
         finished, self._failed = self._failed, []
-        ids = iter(sampled)
-        for chunk in step.chunks:
-            request = chunk.request
-            token = next(ids) if chunk.samples else None
-            if request.finished:  # aborted since
+        ended = Status.FINISHED
+        for request, token in zip(step.sampled[: step.decodes], sampled, strict=False):
+            if request.status is ended:  # aborted since
                 continue
-            request.num_cached_tokens += chunk.length
-            if token is not None:
-                request.output_ids.append(int(token))
-                reason = request.end_reached(self.context)
-                if reason is not None:
-                    self._end(request, reason)
-                    finished.append(request)
+            request.num_cached_tokens = cached = request.num_cached_tokens + 1
+            request.output_ids.append(token)
+            if cached >= request.next_event or token in request.stop_ids:
+                self._advance(request, finished)
+        if step.decodes < len(step.requests):
+            self._postprocess_prefill(step, sampled, finished)
         return finished
 
     def check_integrity(self) -> None:
         """Recounts blocks and queues; raises ``RuntimeError`` where they disagree. For tests and idle moments."""
-        self.block_manager.check_integrity(request.block_table for request in self._running)
-        if [*self._running, *self._waiting] != list(self._by_id.values()):
-            raise RuntimeError("running and waiting requests are not those that were added, in order of arrival")
-        for request in self._waiting:
-            if request.status is not Status.WAITING or request.block_table or request.num_cached_tokens:
-                raise RuntimeError(f"{request!r} waits but is not in the state of one that waits")
-        for request in self._running:
-            held = len(request.block_table) * self.block_manager.block_size
-            if request.status is not Status.RUNNING or not request.num_cached_tokens < request.num_tokens <= held + 1:
-                raise RuntimeError(f"{request!r} runs but is not in the state of one that runs")
+        self._roster.check_integrity()
 
-    def _make_room(self, request: Request) -> bool:
-        """Gets a decoding request the block for its last token, if need be from the youngest running ones.
+    def _postprocess_prefill(self, step: ScheduledStep, sampled: Sequence[int], finished: list[Request]) -> None:
+        tokens = dict(zip(step.sampled[step.decodes :], sampled[step.decodes :], strict=True))
+        for s in range(step.decodes, len(step.requests)):
+            request = step.requests[s]
+            if request.status is Status.FINISHED:
+                continue
+            request.num_cached_tokens = step.context_lens[s]
+            if request in tokens:
+                request.output_ids.append(tokens[request])
+                self._roster.prefilled(request)
+                self._advance(request, finished)
+            else:
+                self._roster.publish(request)
 
-        False: the request could not go on and does not run any more.
-        """
-        while not self.block_manager.extend(request.block_table, request.num_tokens):
-            if len(self._running) == 1:
+    def _advance(self, request: Request, finished: list[Request]) -> None:
+        """What is due when a token was sampled: blocks are published, the request may end."""
+        full = self._roster.publish(request)
+        if request.num_cached_tokens >= request.final or request.output_ids[-1] in request.stop_ids:
+            reason = request.end_reached(self.context)
+            if reason is not None:
+                self._roster.end(request, reason)
+                finished.append(request)
+        request.next_event = full if full < request.final else request.final
+
+    def _make_room(self, request: Request) -> None:
+        """Gets a decoding request the block for its next token, if need be from those of a higher rank, or ends it."""
+        roster, cached = self._roster, request.num_cached_tokens
+        if roster.extend(request, min(cached + 2, request.final)):
+            return
+        while not roster.extend(request, cached + 1):
+            if roster.num_running == 1:
                 self._fail(request)
-                return False
-            youngest = self._running[-1]
-            self._preempt(youngest)
-            if youngest is request:
-                return False
-        return True
+                return
+            last = roster.last
+            roster.preempt(last)
+            if last is request:
+                return
 
     def _admit(self) -> bool:
         """Moves the head of the queue to the running requests, if it fits; one that never will is ended with an error.
 
         A spare block is left for each running request: each may need one soon, and would take it from the newcomer.
         """
-        while self._waiting and len(self._running) < self.max_sequences:
-            request = self._waiting[0]
-            if self.block_manager.can_allocate(request.num_tokens, spare=len(self._running)):
-                self._waiting.popleft()
-                self.block_manager.extend(request.block_table, request.num_tokens)
-                request.status = Status.RUNNING
-                self._running.append(request)
-                return True
-            if self._running:
-                return False
-            self._fail(request)
+        roster, manager = self._roster, self.block_manager
+        head, running = roster.waiting[0], roster.num_running
+        full = running >= self.max_sequences or manager.free_blocks <= running
+        if full and running and roster.last.rank < head.rank:  # nobody would make way, so the cheap answer holds
+            return False
+        before = sum(r.num_tokens - r.num_cached_tokens for r in roster.prefilling if r.rank < head.rank)
+        if before and before >= self.max_tokens_per_step - len(roster.decoding):
+            return False
+        reusable = 0 if head.cache_salt is None else (head.num_tokens - 1) // manager.block_size
+        head.extend_keys(manager.block_size, reusable)
+        found = manager.find(islice(head.block_keys, reusable))
+        if len(found) < reusable and self._under_way(head.block_keys[len(found)], head):
+            return False
+        if self._fits(head, found) or self._make_way(head, found):
+            roster.start(head, found)
+        elif running:
+            return False
+        else:
+            self._fail(head)
+        return True
+
+    def _under_way(self, key: bytes, head: Request) -> bool:
+        """Whether a request before ``head`` is about to compute the block of this key."""
+        size = self.block_manager.block_size
+        for request in self._roster.prefilling:
+            if request.rank < head.rank:
+                request.extend_keys(size, request.num_tokens // size)
+                if key in request.block_keys[request.num_published : request.num_published + 1]:
+                    return True
         return False
 
-    def _preempt(self, request: Request) -> None:
-        """Sends the youngest running request back to the head of the queue, without blocks."""
-        self._running.pop()
-        self.block_manager.free(request.block_table)
-        request.num_cached_tokens = 0
-        request.num_preemptions += 1
-        request.status = Status.WAITING
-        self._waiting.appendleft(request)
+    def _fits(self, head: Request, found: Sequence[int]) -> bool:
+        running = self._roster.num_running
+        return running < self.max_sequences and self.block_manager.can_allocate(head.num_tokens, running, found)
+
+    def _make_way(self, head: Request, found: Sequence[int]) -> bool:
+        """Sends requests of a higher rank than ``head`` back to the queue until it fits; none if that is not enough."""
+        roster = self._roster
+        higher = [r for r in (*roster.decoding, *roster.prefilling) if r.rank > head.rank]
+        tables = [request.block_table for request in higher]
+        spare = roster.num_running - len(higher)
+        if not higher or not self.block_manager.can_allocate(head.num_tokens, spare, found, tables):
+            return False
+        while not self._fits(head, found):
+            roster.preempt(roster.last)
+        return True
 
     def _fail(self, request: Request) -> None:
         """Ends a request that does not fit although no other one runs."""
         request.error = CapacityError(self._too_large(request))
-        self._end(request, "error")
+        self._roster.end(request, "error")
         self._failed.append(request)
-
-    def _end(self, request: Request, reason: FinishReason) -> None:
-        if request.status is Status.RUNNING:
-            self._running.remove(request)
-            self.block_manager.free(request.block_table)
-        else:
-            self._waiting.remove(request)
-        request.status = Status.FINISHED
-        request.finish_reason = reason
-        del self._by_id[request.id]
 
     def _too_large(self, request: Request) -> str:
         manager = self.block_manager

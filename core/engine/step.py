@@ -21,16 +21,19 @@ class Chunk:
     samples: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that would make one five times as slow to build
 class ScheduledStep:
-    """N tokens of S chunks; decodes come first, then prefill, each in order of arrival. May be empty.
+    """N tokens of the S ``requests``; the first ``decodes`` of them decode one token each, the others take in chunks of
+    their prompts, and both are in the order of their ranks. May be empty.
 
-    ``tokens`` and ``positions`` have N entries, chunk after chunk; chunk s owns ``query_start[s]:query_start[s + 1]``
-    (S + 1 entries) and its request has ``context_lens[s]`` tokens in the cache after the step. ``block_tables`` are S
-    rows of equal length, padded with 0. ``logit_rows`` are the M rows to sample from, for the M requests ``sampled``.
+    ``tokens`` and ``positions`` have N entries, request after request; number s owns ``query_start[s]:query_start[s +
+    1]`` (S + 1 entries) and has ``context_lens[s]`` tokens in the cache after the step. ``block_tables`` are the S
+    requests' own lists, of any lengths; they do not change before the next step is scheduled. ``logit_rows`` are the M
+    rows to sample from, for the M requests ``sampled``.
     """
 
-    chunks: tuple[Chunk, ...]
+    requests: tuple[Request, ...]
+    decodes: int
     tokens: list[int]
     positions: list[int]
     query_start: list[int]
@@ -40,37 +43,44 @@ class ScheduledStep:
     sampled: tuple[Request, ...]
 
     @classmethod
-    def of(cls, pieces: Sequence[tuple[Request, int]]) -> ScheduledStep:
-        """The step that computes the next n uncached tokens of each request, for pairs (request, n)."""
-        chunks: list[Chunk] = []
-        tokens: list[int] = []
-        positions: list[int] = []
-        query_start = [0]
-        context_lens: list[int] = []
-        logit_rows: list[int] = []
-        sampled: list[Request] = []
-        width = max((len(request.block_table) for request, _ in pieces), default=0)
-        block_tables: list[list[int]] = []
-        for request, length in pieces:
-            start = request.num_cached_tokens
-            end = start + length
-            samples = end == request.num_tokens
-            chunks.append(Chunk(request, start, length, samples))
-            tokens += request.tokens(start, end)
-            positions += range(start, end)
-            query_start.append(len(tokens))
-            context_lens.append(end)
-            block_tables.append(request.block_table + [0] * (width - len(request.block_table)))
-            if samples:
-                logit_rows.append(len(tokens) - 1)
-                sampled.append(request)
-        return cls(
-            chunks=tuple(chunks),
-            tokens=tokens,
-            positions=positions,
-            query_start=query_start,
-            context_lens=context_lens,
-            block_tables=block_tables,
-            logit_rows=logit_rows,
-            sampled=tuple(sampled),
-        )
+    def of(cls, decoding: Sequence[Request], pieces: Sequence[tuple[Request, int]] = ()) -> ScheduledStep:
+        """The step that decodes a token for each of the first, and computes the next n uncached tokens of each request
+        of the pairs (request, n).
+        """
+        # This runs for every token of every sequence: one pass of a comprehension for each list is the fastest way.
+        count = len(decoding)
+        tokens = [request.output_ids[-1] for request in decoding]
+        positions = [request.num_cached_tokens for request in decoding]
+        context_lens = [position + 1 for position in positions]
+        block_tables = [request.block_table for request in decoding]
+        query_start = list(range(count + 1))
+        logit_rows = list(range(count))
+        if not pieces:
+            requests = sampled = tuple(decoding)
+        else:
+            requests = (*decoding, *(request for request, _ in pieces))
+            ending = [*decoding]
+            for request, length in pieces:
+                start = request.num_cached_tokens
+                end = start + length
+                tokens += request.tokens(start, end)
+                positions += range(start, end)
+                query_start.append(len(tokens))
+                context_lens.append(end)
+                block_tables.append(request.block_table)
+                if end == request.num_tokens:
+                    logit_rows.append(len(tokens) - 1)
+                    ending.append(request)
+            sampled = tuple(ending)
+        return cls(requests, count, tokens, positions, query_start, context_lens, block_tables, logit_rows, sampled)
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """What it computes of each request."""
+        ends = set(self.logit_rows)
+        found = []
+        for s, request in enumerate(self.requests):
+            length = self.query_start[s + 1] - self.query_start[s]
+            samples = self.query_start[s + 1] - 1 in ends
+            found.append(Chunk(request, self.context_lens[s] - length, length, samples))
+        return tuple(found)

@@ -25,6 +25,7 @@ from ..errors import (
     ModelNotFoundError,
     NotGGUFError,
     TensorError,
+    TruncatedFileError,
     UnsupportedTypeError,
 )
 from .blocks import BLOCK_TYPES, supported_list
@@ -34,6 +35,18 @@ from .reader import short
 from .shards import MAX_SHARDS, sibling_paths
 
 
+class _Descriptor:
+    """A file descriptor that is closed when nothing refers to it any more: not under a read in another thread."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
 @dataclass(frozen=True, slots=True)
 class _Part:
     """One mapped file."""
@@ -41,6 +54,7 @@ class _Part:
     path: Path
     header: Header
     mapping: mmap.mmap
+    descriptor: _Descriptor
 
     def close(self) -> None:
         # Where a caller still holds a view of the file, the mapping goes when that view does.
@@ -55,7 +69,7 @@ class GGUFFile:
     UTF-8 with "surrogateescape", so stray bytes neither fail nor get lost. ``tensors`` maps names to `TensorInfo` in
     file order. ``paths`` are the files, the first shard first. Reading is thread-safe. Metadata and views that were
     handed out stay valid after `close`. A file that another program truncates while it is open ends the process with
-    SIGBUS, as for every mapped file.
+    SIGBUS, as for every mapped file; `read_into` alone raises an error then.
     """
 
     metadata: Mapping[str, Value]
@@ -106,6 +120,37 @@ class GGUFFile:
         if not parts:
             raise ValueError(f"{self.paths[0]} is closed")
         return np.frombuffer(parts[info.shard].mapping, np.uint8, info.nbytes, info.offset)
+
+    def read_into(self, name: str, start: int, out: NDArray[np.uint8]) -> None:
+        """Fills ``out`` (uint8 [n], contiguous) with the tensor's bytes ``start:start + n``.
+
+        Reads the file instead of copying from the mapping, so that a file cut short is an error and not SIGBUS. Several
+        threads may read at once. Raises TensorError for an unknown name, ValueError for bytes that the tensor does not
+        have or a closed file, TruncatedFileError where the file was cut short since it was opened, ModelFileError where
+        it cannot be read.
+        """
+        info = self.info(name)
+        parts = self._parts  # Held to the end of the read, and with it the descriptor, should another thread close.
+        if not parts:
+            raise ValueError(f"{self.paths[0]} is closed")
+        if start < 0 or start + out.nbytes > info.nbytes:
+            raise ValueError(f"{short(name)} has {info.nbytes} bytes, not {start}:{start + out.nbytes}")
+        if not hasattr(os, "preadv"):  # Windows
+            np.copyto(out, self.data(name)[start : start + out.nbytes])
+            return
+        part, at = parts[info.shard], info.offset + start
+        left = out.data
+        while len(left):
+            try:
+                count = os.preadv(part.descriptor.number, [left], at)  # may read less; after a signal it goes on
+            except OSError as error:
+                raise ModelFileError(f"{part.path}: reading tensor {short(name)} failed: {error.strerror}.") from error
+            if not count:
+                raise TruncatedFileError(
+                    f"{part.path}: tensor {short(name)} ends at byte {info.offset + info.nbytes}, but the file ends at "
+                    f"byte {at} by now. It was cut short while it was open; fetch it again."
+                )
+            left, at = left[count:], at + count
 
     def dequantise(
         self, name: str, out: NDArray[np.float32] | None = None, rows: slice | None = None
@@ -215,15 +260,15 @@ def _check_shards(parts: Sequence[_Part]) -> None:
 
 
 def _open_part(path: Path, shard: int) -> _Part:
-    mapping = _map(path)
+    mapping, descriptor = _map(path)
     try:
-        return _Part(path, parse_header(mapping, str(path), shard), mapping)
+        return _Part(path, parse_header(mapping, str(path), shard), mapping, descriptor)
     except BaseException:
         mapping.close()
         raise
 
 
-def _map(path: Path) -> mmap.mmap:
+def _map(path: Path) -> tuple[mmap.mmap, _Descriptor]:
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
@@ -233,10 +278,10 @@ def _map(path: Path) -> mmap.mmap:
         if not stat.S_ISREG(status.st_mode):
             # Opening a pipe would wait for its writer.
             raise NotGGUFError(f"{path} is not a regular file.")
-        with open(path, "rb") as file:
-            if not os.fstat(file.fileno()).st_size:
-                raise NotGGUFError(f"{path}: the file is empty. Download it again.")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        descriptor = _Descriptor(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
+        if not os.fstat(descriptor.number).st_size:
+            raise NotGGUFError(f"{path}: the file is empty. Download it again.")
+        return mmap.mmap(descriptor.number, 0, access=mmap.ACCESS_READ), descriptor
     except (FileNotFoundError, NotADirectoryError):
         broken = " (a symbolic link to a file that is gone)" if path.is_symlink() else ""
         raise ModelNotFoundError(f"There is no file at {path}{broken}.") from None

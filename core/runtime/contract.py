@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,6 +99,15 @@ class WeightSource(Protocol):
 
     def dequantise(self, name: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """The values, float32 in the tensor's shape, written to ``out`` where given."""
+        ...
+
+
+@runtime_checkable
+class PartialSource(WeightSource, Protocol):
+    """A source that can also read a part of a tensor to a given place, as a file can. Optional; thread-safe."""
+
+    def read_into(self, name: str, start: int, out: NDArray[np.uint8]) -> None:
+        """Fills ``out`` (uint8 [n]) with the stored bytes ``start:start + n``."""
         ...
 
 

@@ -171,14 +171,31 @@ class Program:
     logits: Buffer
 
     def buffers(self) -> dict[str, tuple[Buffer, int, int]]:
-        """Every buffer with the indices of the first and the last step that touch it."""
+        """Every buffer with the indices of the first and the last step that touch it.
+
+        A runtime may join neighbours: a norm with the projections that read it, a projection with the activation after
+        it, the head with the gathering of its rows. What the first of them reads must outlive the last, so these lives
+        are stretched accordingly.
+        """
         lives: dict[str, tuple[Buffer, int, int]] = {}
         for index, step in enumerate(self.steps):
             for buffer in touched(step):
                 first = lives[buffer.name][1] if buffer.name in lives else index
                 lives[buffer.name] = (buffer, first, index)
-        buffer, first, _ = lives[self.logits.name]
-        lives[self.logits.name] = (buffer, first, len(self.steps))
+
+        def stretch(buffer: Buffer, last: int) -> None:
+            _, first, own = lives[buffer.name]
+            lives[buffer.name] = (buffer, first, max(own, last))
+
+        for index, step in enumerate(self.steps):
+            if isinstance(step, Project):
+                stretch(step.src, index + 1)
+        for step in reversed(self.steps):
+            if isinstance(step, Normalise):
+                stretch(step.src, lives[step.dst.name][2])
+            elif isinstance(step, Gather):
+                stretch(step.src, len(self.steps))
+        stretch(self.logits, len(self.steps))
         return lives
 
     def workspace(self, max_tokens: int, max_logit_rows: int, narrow_bytes: int = 4) -> Workspace:
@@ -281,7 +298,9 @@ def _mlp(prefix: str, block: Block, src: Buffer, x: Buffer) -> Iterator[Step]:
     mlp = block.mlp
     if isinstance(mlp, Module):
         out = Buffer(f"{prefix}.branch", x.columns, wide=True)
-        scratch = tuple((key, Buffer(f"{prefix}.scratch.{key}", n)) for key, n in mlp.scratch(x.columns).items())
+        scratch = tuple(
+            (key, Buffer(f"{prefix}.scratch.{key}", n, wide=True)) for key, n in mlp.scratch(x.columns).items()
+        )
         yield Apply(prefix, src, out, mlp, scratch)
         if block.post_mlp_norm is not None:
             yield Normalise(f"{prefix}.post_norm", out, out, block.post_mlp_norm)

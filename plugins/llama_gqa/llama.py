@@ -31,6 +31,10 @@ class LlamaGQA:
     gguf_names = tuple(PAIRING)
     api_version = 1
 
+    def accepts(self, meta: Metadata) -> bool:
+        """Files with experts carry the same name; a plugin for them may be installed."""
+        return meta.get(int, "expert_count", 0) == 0
+
     def decoder(self, meta: Metadata) -> Decoder:
         meta.require(
             attention__causal=True,

@@ -65,14 +65,6 @@ def test_finish_scales_then_caps(softcap: float | None, ctx: Context, put: Put, 
     assert np.allclose(get(logits), expected, rtol=2e-6, atol=2e-5)
 
 
-def test_advance_moves_living_sequences_on_and_leaves_padding(ctx: Context, put: Put, get: Get) -> None:
-    tokens, positions, lens = (put(np.array(x, np.int32)) for x in ([7, 8, 9], [4, -1, 0], [5, 3, 0]))
-    rows.advance(ctx, tokens, positions, lens, put(np.array([70, 80, 90], np.int32)))
-    assert get(tokens).tolist() == [70, 8, 9]
-    assert get(positions).tolist() == [5, -1, 0]
-    assert get(lens).tolist() == [6, 3, 0]
-
-
 def test_shapes_that_do_not_go_together_are_named(ctx: Context, poisoned: Put) -> None:
     with pytest.raises(DeviceError, match=r"add: src is f32\[2, 3\]"):
         rows.add(ctx, poisoned((2, 3), "f32"), poisoned((2, 4), "f32"))

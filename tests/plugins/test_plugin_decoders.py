@@ -323,3 +323,63 @@ def test_a_layer_that_returns_its_result_instead_of_writing_it_is_refused(instal
     install(own_layer(run="return x * 2"))
     with own(tiny_model) as llm, pytest.raises(PluginError, match="returned ndarray; it must write"):
         llm.generate([[1, 2]], SamplingParams(max_tokens=1))
+
+
+SHARING = """
+class Mine(LlamaGQA):
+    name, gguf_names = "{}", ("{}",)
+
+    def accepts(self, meta):
+        {}
+
+@hookimpl
+def polyhead_register_architectures():
+    return [Mine()]
+"""
+
+
+def choose(**keys):
+    """The plugin for a file called shared; a plugin that does not accept it fails only after it was chosen."""
+    values = {"general.architecture": "shared"} | {f"shared.{key}": value for key, value in keys.items()}
+    try:
+        discover().decoder(values, {})
+    except MissingKeyError as error:
+        return re.search(r"which plugin (\w+) needs", str(error))[1]
+    raise AssertionError("the file has no keys, so it cannot have been understood")
+
+
+def test_plugins_may_share_a_name_where_the_file_tells_whose_it_is(install):
+    install(SHARING.format("dense", "shared", "return not meta.has('routed')"), name="a", distribution="dist-a")
+    assert choose(routed=8) == "dense"  # alone, it is not asked, and its own error says what is wrong
+    install(SHARING.format("sparse", "shared", "return meta.has('routed')"), name="b", distribution="dist-b")
+    assert choose() == "dense"
+    assert choose(routed=8) == "sparse"
+    # The config's word is not questioned.
+    values = {"general.architecture": "shared"}
+    with pytest.raises(MissingKeyError, match="which plugin sparse needs"):
+        discover().decoder(values, {}, architecture="sparse")
+
+
+@pytest.mark.parametrize("answer", ["return True", "return False"])
+def test_plugins_that_all_accept_a_file_or_all_decline_it_are_named(install, answer):
+    for name in ("one", "two"):
+        install(SHARING.format(name, "shared", answer), name=name, distribution=f"dist-{name}")
+    with pytest.raises(PluginError, match=r"architecture one of plugin one \(dist-one 1\.2\) and architecture two"):
+        choose()
+
+
+def test_a_plugin_that_fails_to_say_whether_it_accepts_is_blamed(install):
+    install(SHARING.format("one", "shared", "return 1 / 0"), name="one", distribution="dist-one")
+    install(SHARING.format("two", "shared", "return True"), name="two", distribution="dist-two")
+    with pytest.raises(PluginError, match=r"plugin one \(dist-one 1\.2\) failed on this file: ZeroDivisionError"):
+        choose()
+
+
+def test_a_file_with_experts_is_left_to_a_plugin_for_them_if_there_is_one(install):
+    values = {"general.architecture": "llama", "llama.expert_count": 8}
+    with pytest.raises(ConfigError, match=r"llama\.expert_count is 8; plugin llama_gqa supports only 0"):
+        discover().decoder(values, {})
+    install(SHARING.format("mine", "llama", "return meta.get(int, 'expert_count', 0) > 0"))
+    assert discover().find("llama", accepts=lambda plugin, _: plugin.name == "strange")[0].name == "strange"
+    with pytest.raises(ConfigError, match="plugin mine supports only 0"):
+        discover().decoder(values, {})

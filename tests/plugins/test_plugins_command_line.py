@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 BROKEN = {
     "raises": ("raise RuntimeError('no luck')", "RuntimeError: no luck"),
     "exits": ("import sys; sys.exit(7)", "called sys.exit(7) while it was loaded"),
@@ -18,12 +20,17 @@ BROKEN = {
         "polyhead_register_model, which is not a hook",
     ),
     "garbled": ("def broken(:", "SyntaxError"),
+    "dated": (
+        "class Old(LlamaGQA):\n    name, gguf_names, api_version = 'old', ('newfangled',), 0\n"
+        "@hookimpl\ndef polyhead_register_architectures(): return [Old()]",
+        "architecture old was written for plugin API version 0; this polyhead supports 1. Upgrade",
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory, install_into) -> Path:
-    """A folder with four broken plugins and a dist-info without metadata."""
+    """A folder with broken plugins and a dist-info without metadata."""
     folder = tmp_path_factory.mktemp("broken") / "site"
     for name, (source, _) in BROKEN.items():
         install_into(folder, source, name=name, distribution=f"dist-{name}")
@@ -81,5 +88,24 @@ def test_the_error_of_a_model_without_a_plugin_shows_what_failed(site, tmp_path)
     result = polyhead(site, "inspect", str(tmp_path / "new.gguf"))
     assert result.returncode == 2
     assert "no plugin answers to general.architecture 'newfangled'" in result.stderr
-    assert "FAILED: plugin raises (dist-raises 1.2): RuntimeError: no luck" in result.stderr
-    assert "docs/plugins.md" in result.stderr
+    for name, (_, reason) in BROKEN.items():
+        assert re.search(rf"FAILED: plugin {name} \(dist-{name} 1\.2\): .*{re.escape(reason)}", result.stderr)
+    assert re.search(r"  llama, qwen2: llama_gqa, plugin llama_gqa \(polyhead [0-9.]+\)", result.stderr)
+    assert "docs/plugins/tutorial.md shows how, and `polyhead plugins new NAME`" in result.stderr
+    assert (ROOT / "docs" / "plugins" / "tutorial.md").is_file()
+
+
+def test_of_two_plugins_that_claim_a_name_the_user_chooses(install_into, tmp_path, tiny_model):
+    source = (
+        "class Rival(LlamaGQA):\n    name, gguf_names = 'rival', ('llama',)\n"
+        "@hookimpl\ndef polyhead_register_architectures(): return [Rival()]"
+    )
+    install_into(tmp_path / "site", source, name="rival", distribution="dist-rival")
+    arguments = ("run", str(tiny_model("llama-gqa")), "-p", "the", "-n", "2", "--set", "chat=false")
+    undecided = polyhead(tmp_path / "site", *arguments)
+    assert undecided.returncode == 2
+    assert undecided.stdout == ""
+    for word in ("plugin llama_gqa (polyhead ", "plugin rival (dist-rival 1.2)", "architecture: llama_gqa or rival"):
+        assert word in undecided.stderr
+    for choice in ("architecture=rival", "plugins.disable=[rival]"):
+        assert polyhead(tmp_path / "site", *arguments, "--set", choice).returncode == 0

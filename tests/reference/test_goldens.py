@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tolerance
 from polyhead import LLM, SamplingParams
+from polyhead.batches import Batches
 from polyhead.engine import BlockManager, Request, Scheduler
-from polyhead.lookahead import to_batch
 
 NAMES = golden.names()
 
@@ -56,7 +56,7 @@ def test_checkpoints_of_a_block_equal_the_reference(name, open_tiny):
         model = llm._generation.model
         scheduler = Scheduler(BlockManager(8, 8), 32, 1, 64)
         scheduler.add(Request("a", expected.sequences[0].ids))
-        seen = model.trace(to_batch(scheduler.schedule()))
+        seen = model.trace(Batches(1).of(scheduler.schedule()))
         prefix = f"blk.{expected.layer}"
         spec = model.decoder.blocks[expected.layer].attn
         qkv = seen[f"{prefix}.attn.store_kv"]

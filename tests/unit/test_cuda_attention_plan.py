@@ -1,23 +1,71 @@
-"""What attention plans on the host: how contexts are split, scratch memory, tiles of work. Needs no GPU."""
+"""What attention plans on the host: blocks and splits of decode, scratch memory, tiles of work. Needs no GPU."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 from polyhead.arch import Attention, FusedQKV, Linear
-from polyhead.errors import DeviceError
 from polyhead.runtime.cuda.ops import attention as op
+from polyhead.runtime.cuda.ops import attention_plan as plans
+
+HOPPER, CONSUMER = (132, 227 << 10), (170, 99 << 10)  # multiprocessors, bytes of shared memory for a block
 
 
-def test_scratch_suffices_for_every_batch_and_context() -> None:
-    for heads, kv_heads, dim, window in ((9, 3, 64, None), (32, 8, 128, 100), (71, 1, 64, None), (4, 4, 2, 4096)):
-        spec = Attention(heads, kv_heads, dim, FusedQKV(Linear("a")), Linear("b"), window=window)
-        room = op.scratch_bytes(spec, 48, 132)
-        for rows in range(1, 49):
-            for bound in (1, 64, 65, 100, 1000, 5000, 33000, 131072):
-                tokens = op.choose_split(spec, rows, bound, 132)
-                assert op.partial_bytes(spec, rows, bound, tokens) <= room
-                assert op.count_splits(spec, bound, tokens) <= op.MAX_SPLITS
+def spec_of(heads: int, kv_heads: int, dim: int, window: int | None = None) -> Attention:
+    return Attention(heads, kv_heads, dim, FusedQKV(Linear("a")), Linear("b"), window=window)
+
+
+def pieces(plan: plans.DecodePlan, context: int, window: int | None) -> int:
+    """As the kernel counts them."""
+    tiles = -(-context // 16) - (0 if window is None else max(0, context - window) // 16)
+    each = tiles if tiles * 16 <= plan.single else max(plan.least // 16, -(-tiles // plan.most))
+    return -(-tiles // each)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_scratch_and_grid_suffice_for_every_batch_and_context(fixed: bool) -> None:
+    for spec in (spec_of(9, 3, 64), spec_of(32, 8, 128, 100), spec_of(71, 1, 64), spec_of(4, 4, 2, 4096)):
+        for sms, shared in (HOPPER, CONSUMER):
+            room = plans.scratch_bytes(spec, 48, sms, fixed=fixed)
+            for rows in (1, 2, 3, 8, 17, 48):
+                plan = plans.choose_plan(spec, rows, sms, shared, 2, fixed=fixed)
+                for bound in (1, 64, 65, 100, 513, 1000, 5000, 33000, 131072):
+                    splits = plan.splits(spec, bound)
+                    assert splits <= plans.MAX_SPLITS
+                    assert plans.counters(spec, rows) * splits * plans.partial_bytes(spec) <= room
+                    for context in {1, bound // 3 + 1, max(1, bound - 7), bound}:
+                        assert pieces(plan, context, spec.window) <= splits
+
+
+def test_a_window_touches_no_more_pieces_than_counted() -> None:
+    plan = plans.DecodePlan(4, 2, single=16, least=16, most=128)
+    for window in (1, 2, 16, 17, 18, 63, 100, 1000):
+        most = plan.splits(spec_of(2, 1, 64, window), 5000)
+        assert max(pieces(plan, context, window) for context in range(1, 5001, 7)) <= most
+
+
+def test_a_fixed_plan_does_not_know_the_batch() -> None:
+    spec = spec_of(32, 8, 128)
+    found = {plans.choose_plan(spec, rows, *HOPPER, 2, fixed=True) for rows in (1, 2, 31, 200)}
+    assert len(found) == 1
+
+
+def test_long_contexts_fill_the_device_and_short_ones_are_not_cut_to_pieces() -> None:
+    spec = spec_of(32, 8, 128)
+    alone, many = (plans.choose_plan(spec, rows, *HOPPER, 2) for rows in (1, 64))
+    assert 8 * alone.splits(spec, 4096) >= 0.9 * 132
+    assert alone.splits(spec, 256) == many.splits(spec, 256) == 1
+    assert many.splits(spec, 2048) == 1
+    assert 8 * many.splits(spec, 131072) >= 32  # one long context among many short ones is not read by a few blocks
+
+
+@pytest.mark.parametrize("value_bytes", [1, 2])
+def test_blocks_fit_the_shared_memory_of_every_gpu(value_bytes: int) -> None:
+    for dim in range(2, 257, 2):
+        for sms, shared in (HOPPER, CONSUMER, (72, 64 << 10)):
+            plan = plans.choose_plan(spec_of(8, 2, dim), 1, sms, shared, value_bytes)
+            dynamic = plans.decode_shared_bytes(dim, value_bytes, plan.warps, plan.stages)
+            assert dynamic + 4 * dim * plan.warps + 20 * dim + 4096 < shared
 
 
 def test_prefill_work_covers_every_row_once() -> None:
@@ -26,26 +74,3 @@ def test_prefill_work_covers_every_row_once() -> None:
     rows = sorted(row for s, first in work for row in range(first, min(first + op.TILE, starts[s + 1])))
     assert rows == list(range(200))
     assert work[0].tolist() == [3, 193]
-
-
-def test_a_window_touches_no_more_splits_than_counted() -> None:
-    for window in (1, 2, 63, 64, 65, 100, 1000):
-        spec = Attention(2, 1, 64, FusedQKV(Linear("a")), Linear("b"), window=window)
-        most = op.count_splits(spec, 5000, 64)
-        for context in range(1, 5001, 7):
-            first = max(0, context - window) // 64
-            assert (context - 1) // 64 - first + 1 <= most
-
-
-def test_long_contexts_fill_the_device_and_short_ones_are_not_cut_to_pieces() -> None:
-    spec = Attention(32, 8, 128, FusedQKV(Linear("a")), Linear("b"))
-    tokens = op.choose_split(spec, 1, 32768, 132)
-    assert 8 * op.count_splits(spec, 32768, tokens) >= 132
-    assert op.choose_split(spec, 1, 64, 132) == 64
-    assert op.choose_split(spec, 64, 32768, 132) == 32768
-
-
-def test_a_fixed_split_needs_a_bound_on_the_context() -> None:
-    spec = Attention(2, 1, 64, FusedQKV(Linear("a")), Linear("b"))
-    with pytest.raises(DeviceError, match="without max_context"):
-        op.scratch_bytes(spec, 1, 132, split_tokens=64)

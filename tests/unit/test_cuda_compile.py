@@ -44,6 +44,16 @@ def test_every_kernel_compiles_without_warnings_and_hot_ones_do_not_spill(archit
     assert not problems, "\n".join(problems)
 
 
+def test_compiling_all_tells_how_far_it_is_and_spares_old_gpus_bfloat16() -> None:
+    wanted = [variant for variant in variants() if variant.file == "rows.cu"]
+    told: list[tuple[int, int, str]] = []
+    reports = compile_all(["sm_75"], wanted, tick=lambda *now: told.append(now))
+    without = [variant for variant in wanted if not variant.macros["PH_ACT_BF16"]]
+    assert 0 < len(without) < len(wanted)
+    assert [report.variant for report in reports] == without
+    assert told == [(number, len(without), "sm_75 rows.cu") for number in range(1, len(without) + 1)]
+
+
 def test_an_error_shows_file_line_and_macros() -> None:
     text = '#include "prelude.cuh"\n\nextern "C" __global__ void one(act_t* p) {\n  *p = nothing;\n}\n'
     with pytest.raises(DeviceError) as caught:

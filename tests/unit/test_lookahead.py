@@ -81,10 +81,12 @@ def test_results_are_those_without_lookahead(parts, requests, dropped):
     assert found[0] == found[1]
 
 
-def test_a_long_generation_is_foreseen_but_for_the_first_step_and_new_blocks(parts):
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_long_generation_is_foreseen_but_for_the_first_step(parts, count):
     decoder, weights = parts
-    model = Ahead(decoder, memory_source.MemorySource(weights), RuntimeOptions(context=64, block_size=16))
+    options = RuntimeOptions(context=64, block_size=4, max_batch=5, max_tokens=40)
+    model = Ahead(decoder, memory_source.MemorySource(weights), options)
     generation = Generation(model, None)
-    request = generation.add([5, 6, 7], SamplingParams(temperature=0.0, max_tokens=40))
-    drain(generation, [request], {})
-    assert model.foreseen >= 33
+    requests = [generation.add([5 + i] * (3 + i), SamplingParams(temperature=0.0, max_tokens=40)) for i in range(count)]
+    drain(generation, requests, {})
+    assert model.foreseen == 38, "of 39 decodes all but the first; new blocks are there before they are needed"

@@ -1,154 +1,13 @@
-"""Scheduler: with any arrivals, cancels and tiny block pools, requests get what they would get alone, and all end.
-
-The model is a hash of what it reads back from a simulated paged cache through the step's own block tables, so a wrong
-position, a block given twice or a stale entry changes the tokens.
-"""
+"""Scheduler: what a step computes, who is admitted, sent back or refused, and how a request ends."""
 
 from __future__ import annotations
 
-import zlib
-from dataclasses import dataclass, field
-
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from paged_model import PagedModel, alone
 from polyhead.engine import BlockManager, Request, SamplingParams, ScheduledStep, Scheduler, Status
 from polyhead.errors import CapacityError, ConfigError, RequestError
-
-VOCAB, EOS, STOP = 16, 3, 5
-
-
-def next_token(history: list[int], seed: int) -> int:
-    return zlib.crc32(bytes(history) + seed.to_bytes(8, "little")) % VOCAB
-
-
-def alone(request: Request, context: int, capacity: int) -> tuple[list[int], str]:
-    """The tokens and the finish reason of a request that has everything for itself, without any scheduling."""
-    params = request.params
-    stop_ids = {*params.stop_token_ids} | (set() if params.ignore_eos else {EOS})
-    history = list(request.prompt_ids)
-    output: list[int] = []
-    while len(history) <= capacity:
-        token = next_token(history, request.seed)
-        history.append(token)
-        output.append(token)
-        if token in stop_ids and len(output) > params.min_tokens:
-            return output, "stop"
-        if len(output) == params.max_tokens or len(history) == context:
-            return output, "length"
-    return output, "error"
-
-
-@dataclass
-class PagedModel:
-    """Stores every token in the block and slot that the step names, and samples from what the block table reads."""
-
-    block_size: int
-    cache: dict[tuple[int, int], int] = field(default_factory=dict)
-
-    def run(self, step: ScheduledStep) -> list[int]:
-        histories: dict[int, tuple[list[int], Request]] = {}
-        assert len({len(table) for table in step.block_tables}) <= 1, "block tables are padded to one length"
-        for s, chunk in enumerate(step.chunks):
-            rows = range(step.query_start[s], step.query_start[s + 1])
-            assert len(rows) == chunk.length > 0
-            table = step.block_tables[s]
-            for row in rows:
-                block, slot = divmod(step.positions[row], self.block_size)
-                self.cache[table[block], slot] = step.tokens[row]
-            history = []
-            for position in range(step.context_lens[s]):
-                block, slot = divmod(position, self.block_size)
-                history.append(self.cache[table[block], slot])
-            histories[rows[-1]] = (history, chunk.request)
-        assert step.query_start[-1] == len(step.tokens) == len(step.positions)
-        sampled = [histories[row] for row in step.logit_rows]
-        assert [request for _, request in sampled] == list(step.sampled)
-        return [next_token(history, request.seed) for history, request in sampled]
-
-
-@st.composite
-def plans(draw):
-    """(step of arrival, prompt, parameters, step of abort or None, abort while the step runs) for some requests."""
-    plan = []
-    for _ in range(draw(st.integers(1, 8))):
-        max_tokens = draw(st.integers(1, 14))
-        params = SamplingParams(
-            max_tokens=max_tokens,
-            min_tokens=draw(st.integers(0, max_tokens)),
-            stop_token_ids=draw(st.sampled_from([(), (STOP,)])),
-            ignore_eos=draw(st.booleans()),
-            seed=draw(st.integers(0, 3)),
-        )
-        prompt = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=14))
-        abort = draw(st.one_of(st.none(), st.none(), st.integers(0, 25)))
-        plan.append((draw(st.integers(0, 12)), prompt, params, abort, draw(st.booleans())))
-    return plan
-
-
-def abort_some(scheduler: Scheduler, requests: list[Request]) -> list[Request]:
-    """Aborts them; returns those that had not ended before, as the scheduler must."""
-    live = [request for request in requests if not request.finished]
-    assert [scheduler.abort(request.id) for request in requests] == [r if r in live else None for r in requests]
-    return live
-
-
-@settings(max_examples=200, deadline=None)
-@given(plans(), st.integers(1, 12), st.integers(1, 4), st.integers(1, 12), st.integers(1, 5), st.integers(2, 30))
-def test_every_request_ends_once_with_the_tokens_it_gets_alone_and_no_block_is_lost(
-    plan, num_blocks, block_size, budget, max_sequences, context
-):
-    manager = BlockManager(num_blocks, block_size)
-    scheduler = Scheduler(manager, budget, max_sequences, context)
-    model = PagedModel(block_size)
-    requests: list[Request] = []
-    aborts: dict[int, list[tuple[Request, bool]]] = {}
-    arrivals: dict[int, list[Request]] = {}
-    for number, (arrival, prompt, params, abort, inside) in enumerate(plan):
-        request = Request(f"r{number}", prompt, params, eos_ids=[EOS])
-        arrivals.setdefault(arrival, []).append(request)
-        if abort is not None:
-            aborts.setdefault(abort, []).append((request, inside))
-    ended: list[Request] = []
-    started: list[Request] = []
-    work = 0
-    for now in range(1_000):
-        for request in arrivals.pop(now, ()):
-            try:
-                scheduler.add(request)
-            except RequestError:
-                assert len(request.prompt_ids) >= context
-            except CapacityError:
-                assert len(request.prompt_ids) > num_blocks * block_size
-            else:
-                requests.append(request)
-                work += len(request.prompt_ids) + request.params.max_tokens + 1
-
-        ended += abort_some(scheduler, [r for r, inside in aborts.get(now, ()) if not inside and r in requests])
-        scheduler.check_integrity()
-        if not scheduler.has_work and not arrivals:
-            break
-        step = scheduler.schedule()
-        assert len(step.tokens) <= budget
-        assert len(step.chunks) <= min(max_sequences, budget)
-        started += [chunk.request for chunk in step.chunks if chunk.request not in started]
-        sampled = model.run(step)
-        ended += abort_some(scheduler, [r for r, inside in aborts.get(now, ()) if inside and r in requests])
-        ended += scheduler.postprocess(step, sampled)
-        scheduler.check_integrity()
-    assert now <= work + 13, "a request waited although every step moves the oldest one"
-    assert not scheduler.has_work
-    assert manager.free_blocks == num_blocks
-    assert len(ended) == len(set(ended)) == len(requests)
-    assert set(ended) == set(requests)
-    assert started == [request for request in requests if request in started], "overtaken"
-    for request in requests:
-        tokens, reason = alone(request, context, num_blocks * block_size)
-        if request.finish_reason == "abort":
-            assert request.output_ids == tokens[: len(request.output_ids)]
-        else:
-            assert (request.output_ids, request.finish_reason) == (tokens, reason)
-        assert isinstance(request.error, CapacityError) is (request.finish_reason == "error")
 
 
 def run_all(scheduler: Scheduler, model: PagedModel) -> list[ScheduledStep]:
@@ -203,7 +62,7 @@ def test_the_step_is_laid_out_as_a_batch():
     assert step.positions == [0, 1, 2, 0]
     assert step.query_start == [0, 3, 4]
     assert step.context_lens == [3, 1]
-    assert step.block_tables == [[0, 1], [2, 0]]
+    assert step.block_tables == [[0, 1], [2]]
     assert step.logit_rows == [2, 3]
 
 
@@ -261,7 +120,7 @@ def test_blocks_held_by_others_end_in_an_error_not_in_an_endless_loop():
     request = make("r", 4, 1)
     scheduler.add(request)
     step = scheduler.schedule()
-    assert step.chunks == ()
+    assert step.requests == step.chunks == ()
     assert scheduler.has_work
     assert scheduler.postprocess(step, []) == [request]
     assert "1 of them free" in str(request.error)
@@ -314,6 +173,22 @@ def test_abort_of_waiting_running_ended_and_unknown():
     scheduler.add(make("first", 1, 1))  # the id of a request that has ended is free again
     with pytest.raises(RequestError, match="was added before"):
         scheduler.add(second)
+
+
+def test_what_a_step_computes_for_an_aborted_decode_is_dropped():
+    scheduler = Scheduler(BlockManager(8, 2), 16, 4, 64)
+    model = PagedModel(2)
+    gone, stays = make("gone", 3, 9), make("stays", 3, 9)
+    scheduler.add(gone)
+    scheduler.add(stays)
+    for made in range(3):
+        step = scheduler.schedule()
+        sampled = model.run(step)
+        if made == 2:
+            scheduler.abort("gone")
+        scheduler.postprocess(step, sampled)
+        scheduler.check_integrity()
+    assert (len(gone.output_ids), gone.num_cached_tokens, len(stays.output_ids)) == (2, 0, 3)
 
 
 def test_finish_ends_a_request_for_the_callers_reason():

@@ -71,6 +71,7 @@ class Context:
         *args: Any,
         shared: int = 0,
         macros: Mapping[str, object] = _NO_MACROS,
+        early: bool = False,
     ) -> None:
         """Launches ``kernel`` of ``kernels/<file>`` on the device's stream, compiled with ``macros``.
 
@@ -78,6 +79,9 @@ class Context:
         -> int32, float -> float32, a NumPy scalar -> as it is. Raises DeviceError naming all of this where the grid,
         the block, the shared memory or the arguments cannot be, where the kernel does not compile, or the driver says
         no; what goes wrong while the kernel runs is raised by the next ``synchronize``.
+
+        ``early`` lets the kernel begin while the one launched before it ends (programmatic dependent launch, from 9.0
+        on): it must then call ``ph_wait_for_inputs`` in every block, as prelude.cuh says.
         """
         where = grid if isinstance(grid, tuple) else (grid, 1, 1)
         key = (file, kernel, *macros.items(), *map(type, macros.values()))  # True and 1 differ, and so do False and 0.
@@ -94,7 +98,12 @@ class Context:
                 raise DeviceError("a grid is at least 1 and at most 2^31-1 x 65535 x 65535, a block 1 to 1024 threads")
             if shared > function.shared:
                 self._allow_shared(function, shared)
-            config = self._config(grid=where, block=(block, 1, 1), shmem_size=shared)
+            config = self._config(
+                grid=where,
+                block=(block, 1, 1),
+                shmem_size=shared,
+                programmatic_stream_serialization=early and self.device.cc >= (9, 0),
+            )
             self._launch(self.device.stream, config, function.kernel, *[value for value, _ in values])
         except Exception as error:
             doing = f"launching {describe_launch(file, kernel, where, block, shared, macros)}"
@@ -118,7 +127,13 @@ class Context:
     def _load(self, file: str, kernel: str, macros: Mapping[str, object]) -> _Function:
         if self.device.closed:
             raise DeviceError(f"{self.device} is closed")
-        return _Function(self.compiler.get(file, kernel, **macros), self.device.shared_limit)
+        function = _Function(self.compiler.get(file, kernel, **macros), self.device.shared_limit)
+        # All kernels split a multiprocessor's memory into L1 and shared alike: where two do not, the second waits until
+        # the first has left the multiprocessor, whatever ``early`` says. It is a hint: a driver may not know it.
+        driver = api()
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        driver.cuKernelSetAttribute(attribute, 100, function.kernel.handle, self.device.index)
+        return function
 
     def _allow_shared(self, function: _Function, shared: int) -> None:
         if shared > function.limit:

@@ -12,6 +12,7 @@ block) the end of the last unit of a tile. Values do not change.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -194,6 +195,20 @@ def matrix_bytes(kind: str, rows: int, cols: int) -> int:
     if kind in DENSE_TYPES:
         return 2 * rows * cols
     return tiles(rows) * _checked(kind, rows, cols).tile_bytes(cols)
+
+
+def flat_shape(kind: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """A stack of matrices [..., rows, cols] as one [all rows, cols].
+
+    Raises DeviceError for a quantised stack whose matrices do not all begin a tile.
+    """
+    *outer, rows, cols = shape
+    if math.prod(outer) > 1 and rows % TILE_ROWS and kind not in DENSE_TYPES:
+        raise DeviceError(
+            f"a stack of {kind} matrices [{rows}, {cols}] cannot be laid out in tiles of {TILE_ROWS} rows; "
+            "set device: cpu"
+        )
+    return math.prod(outer) * rows, cols
 
 
 def raw_bytes(kind: str, rows: int, cols: int) -> int:

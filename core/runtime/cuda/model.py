@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arch import Decoder, LayerNorm, Norm, Rope
+from ...arch import Decoder, Module, Rope
 from ...errors import DeviceError, RequestError
 from ..batch_checks import check_batch
 from ..contract import Batch, Pending, RuntimeOptions, SampledToken, SamplingRow, WeightSource
+from ..modules import ModuleKind
 from ..program import (
-    Activate,
-    Add,
-    Attend,
-    Embed,
-    Finish,
-    Gather,
-    Normalise,
-    Project,
-    StoreKV,
     lower,
 )
 from ..rope import tables
@@ -30,12 +22,14 @@ from .graph import Graph
 from .inputs import Inputs, View
 from .kv_cache import KVCache
 from .memory import Array, Pool
-from .ops import activation, attention, embed, norm, rope, rows
-from .ops.linear import linear
+from .modules import Modules, kinds_of
+from .ops import attention, rope
 from .plan import BLAS_WORKSPACE, activation_dtype, most_seen, plan_program, ropes, scratch_bytes
 from .run import Run, Submitted
 from .sampler import Sampler
-from .weights import CudaWeights, Progress
+from .staging import Progress
+from .steps import Steps
+from .weights import CudaWeights
 
 _LEAST_BLOCKS = 16  # of a block table's row in a graph; more come in powers of two
 
@@ -57,9 +51,11 @@ class CudaModel:
         progress: Progress | None = None,
         *,
         index: int = 0,
+        kinds: Mapping[type[Module], ModuleKind] | None = None,
     ) -> None:
         self.decoder = decoder
         self.program = lower(decoder)
+        found = kinds_of(self.program, kinds or {})
         self._ctx = ctx = Context.open(index)
         try:
             device = ctx.device
@@ -71,9 +67,14 @@ class CudaModel:
                 Pool(device, name) for name in ("weights", "KV cache", "workspace")
             )
             self._weights = CudaWeights(ctx, self._weights_pool, self.program, source, self._act, progress)
-            self._ropes = self._rope_tables()
             self._allocate(types, options)
-            self._blas = Blas(ctx, BLAS_WORKSPACE)
+            blas = Blas(ctx, BLAS_WORKSPACE)
+            modules = Modules(ctx, blas, self._scratch, found, self._weights.named, self._act, options.deterministic)
+            turns = self._rope_tables()
+            room = (self._scratch, self._counters)
+            self._steps = Steps(
+                ctx, self.program, blas, self._weights, turns, self._kv, modules, room, self._act, options.deterministic
+            )
             count, seen = self.plan.max_logit_rows, most_seen(self.plan.max_batch, decoder.vocab, self.plan.context)
             self._samplers = [Sampler(ctx, self._work_pool, count, decoder.vocab, seen) for _ in range(2)]
             device.synchronize()
@@ -82,17 +83,6 @@ class CudaModel:
             raise
         self._graphs: dict[tuple[int, int], Graph] = {}
         self._warm: set[tuple[int, int]] = set()
-        self._dispatch: dict[type, Callable[..., None]] = {
-            Embed: self._embed,
-            Normalise: self._normalise,
-            Project: self._project,
-            StoreKV: self._store_kv,
-            Attend: self._attend,
-            Activate: self._activate,
-            Add: self._add,
-            Gather: self._gather,
-            Finish: self._finish,
-        }
 
     def logits(self, batch: Batch) -> NDArray[np.float32]:
         """Runs a step: float32 [M, vocab]. Raises RequestError for a batch beyond the plan."""
@@ -206,89 +196,10 @@ class CudaModel:
         return view
 
     def _run(self, view: View, observe: Callable[[str, Array], None] | None = None) -> None:
-        run = Run(view, self._memory, self._workspace.offsets, self._act)
-        for step in self.program.steps:
-            self._dispatch[type(step)](step, run)
-            if observe is not None:
-                observe(step.name, run[step.qkv if isinstance(step, StoreKV) else step.dst])
+        self._steps.run(Run(view, self._memory, self._workspace.offsets, self._act), observe)
 
     def _logits(self, view: View) -> Array:
         return Run(view, self._memory, self._workspace.offsets, self._act)[self.program.logits]
-
-    def _embed(self, step: Embed, run: Run) -> None:
-        positions = self._weights.vector(step.positions.weight) if step.positions else None
-        table = self._weights.table(step.table)
-        view = run.view
-        embed.embed(self._ctx, view.tokens, table, run[step.dst], step.scale, view.positions, positions)
-
-    def _normalise(self, step: Normalise, run: Run) -> None:
-        weight, bias = self._norm_arrays(step.norm)
-        norm.normalise(self._ctx, run[step.src], step.norm, weight, bias, run[step.dst])
-
-    def _norm_arrays(self, spec: Norm) -> tuple[Array, Array | None]:
-        weight = self._weights.vector(spec.weight)
-        assert weight is not None
-        return weight, self._weights.vector(spec.bias) if isinstance(spec, LayerNorm) else None
-
-    def _project(self, step: Project, run: Run) -> None:
-        src = run[step.src]
-        if step.src.wide:  # a block without a norm before it: products take the activations' type
-            narrow = self._scratch.view(self._act, *src.shape)
-            rows.convert(self._ctx, src, narrow)
-            src = narrow
-        for part in self._weights.parts(step):
-            linear(
-                self._ctx,
-                self._blas,
-                src,
-                part.matrix,
-                run[step.dst],
-                part.column,
-                self._scratch,
-                bias=part.bias,
-                accumulate=step.accumulate,
-                scale=step.scale,
-                invariant=self._deterministic,
-            )
-
-    def _store_kv(self, step: StoreKV, run: Run) -> None:
-        spec, view = step.attention, run.view
-        norms = [None if part is None else (part, *self._norm_arrays(part)) for part in (spec.q_norm, spec.k_norm)]
-        rope.store_kv(
-            self._ctx,
-            run[step.qkv],
-            spec,
-            self._ropes[spec.rope] if spec.rope is not None else None,
-            norms,
-            view.positions,
-            view.sequences,
-            view.block_tables,
-            *self._kv.layers[step.layer],
-            self._kv.scales[step.layer],
-        )
-
-    def _attend(self, step: Attend, run: Run) -> None:
-        view, spec = run.view, step.attention
-        arrays = (run[step.qkv], *self._kv.layers[step.layer], run[step.dst])
-        lens, blocks, scales = view.context_lens, view.block_tables, self._kv.scales[step.layer]
-        if view.decode and not self._deterministic:  # the split over blocks depends on the batch
-            room = (self._scratch, self._counters)
-            attention.attend_decode(self._ctx, *arrays, lens, blocks, spec, *room, scales=scales)
-        else:
-            starts, tiles = view.query_start, view.tiles
-            attention.attend_prefill(self._ctx, *arrays, starts, lens, blocks, tiles, spec, scales=scales)
-
-    def _activate(self, step: Activate, run: Run) -> None:
-        activation.activate(self._ctx, run[step.src], run[step.dst], step.activation, step.gated)
-
-    def _add(self, step: Add, run: Run) -> None:
-        rows.add(self._ctx, run[step.src], run[step.dst], step.scale)
-
-    def _gather(self, step: Gather, run: Run) -> None:
-        rows.gather(self._ctx, run[step.src], run.view.logit_rows, run[step.dst])
-
-    def _finish(self, step: Finish, run: Run) -> None:
-        rows.finish(self._ctx, run[step.dst], step.scale, step.softcap)
 
 
 def _bucket(sequences: int) -> int:

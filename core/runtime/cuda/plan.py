@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ...arch import Decoder, Rope
-from ...errors import ConfigError, PluginError
+from ...errors import ConfigError
 from ..contract import RuntimeOptions, WeightSource
 from ..memory import MemoryPlan, plan_memory
+from ..modules import matrix_specs
 from ..program import Apply, Attend, Program, Project, lower
 from .device import CudaDevice
 from .formats import DENSE_TYPES, TILE_ROWS
 from .kv_cache import FP8
+from .memory import ALIGNMENT
 from .ops import attention
 from .ops.sample import ROW, TOPS
 from .ops.sample import scratch_bytes as sampling_scratch
-from .weights import STAGE, resident_bytes
+from .weights import STAGING_BYTES, resident_bytes
 
 FEW = 32
 """Rows up to which the kernels that read packed weights are used; beyond, weights are unpacked for cuBLAS."""
@@ -53,12 +55,8 @@ def kv_bytes_per_token(decoder: Decoder, dtype: str) -> int:
 
 
 def check(program: Program) -> None:
-    """Raises PluginError or ConfigError for what has no kernels."""
+    """Raises ConfigError for what has no kernels; modules of plugins are not looked at (modules.kinds_of)."""
     for step in program.steps:
-        if isinstance(step, Apply):
-            raise PluginError(
-                f"{step.name} is a {type(step.module).__name__}, which has no CUDA implementation; set device: cpu"
-            )
         if isinstance(step, Attend) and (
             step.attention.head_dim > attention.MAX_HEAD_DIM or step.attention.head_dim % 2
         ):
@@ -66,6 +64,11 @@ def check(program: Program) -> None:
                 f"{step.name}: head_dim is {step.attention.head_dim}; the CUDA runtime has kernels for even "
                 f"numbers up to {attention.MAX_HEAD_DIM}"
             )
+
+
+def narrow_bytes(count: int, hidden: int) -> int:
+    """Scratch for ``count`` rows of the residual stream in the activations' type, where no norm stands between."""
+    return -(-2 * count * hidden // ALIGNMENT) * ALIGNMENT
 
 
 def unpack_rows(cols: int, rows: int) -> int:
@@ -108,7 +111,7 @@ def plan_program(
         free=free,
         memory_fraction=options.memory_fraction,
         weights=resident_bytes(program, types),
-        workspace=workspace + spare_block + BLAS_WORKSPACE + 3 * STAGE,
+        workspace=workspace + spare_block + BLAS_WORKSPACE + STAGING_BYTES,
         kv_bytes_per_token=token_bytes,
         kv_dtype=stored,
         block_size=options.block_size,
@@ -126,11 +129,18 @@ def scratch_bytes(program: Program, types: Callable[[str], str], options: Runtim
     shapes = {spec.name: spec.shape for spec in program.decoder.tensors()}
     need = 4 * options.max_tokens * program.decoder.hidden
     for step in program.steps:
-        if isinstance(step, Project) and options.max_tokens > FEW:
-            for weight in step.weights:
-                rows, cols = shapes[weight.weight]
-                if types(weight.weight) not in DENSE_TYPES:
-                    need = max(need, 2 * cols * unpack_rows(cols, rows))
+        if isinstance(step, Project):
+            first = narrow_bytes(options.max_tokens, step.src.columns) if step.src.wide else 0
+            quantised = [shapes[weight.weight] for weight in step.weights if types(weight.weight) not in DENSE_TYPES]
+            unpacked = max((2 * cols * unpack_rows(cols, rows) for rows, cols in quantised), default=0)
+            need = max(need, first + (unpacked if options.max_tokens > FEW else 0))
+        elif isinstance(step, Apply):
+            hidden = step.src.columns
+            first = narrow_bytes(options.max_tokens, hidden) if step.src.wide else 0
+            matrices = [spec for spec in matrix_specs(step.module, hidden) if len(spec.shape) == 2]
+            packed = [spec.shape for spec in matrices if types(spec.name) not in DENSE_TYPES]
+            unpacked = max((2 * cols * unpack_rows(cols, rows) for rows, cols in packed), default=0)
+            need = max(need, first + (unpacked if options.max_tokens > FEW else 0))
         elif isinstance(step, Attend):
             need = max(need, attention.scratch_bytes(step.attention, options.max_batch, sms))
     return need

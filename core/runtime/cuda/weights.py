@@ -1,42 +1,43 @@
-"""Weights on the GPU: read from the file into page-locked staging, copied while the next part is read, repacked there.
+"""Weights on the GPU: what arrives from the file through staging.py is repacked or converted into its place.
 
 Quantised matrices stay quantised (formats.py); dense ones take the activations' type; norms, biases and other vectors
-are float32. Values do not change, but for F32 and BF16 matrices that are rounded to float16 activations.
+are float32. Values do not change, but for dense matrices that are rounded to the activations' type.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...arch import Embedding
 from ..contract import WeightInfo, WeightSource
-from ..program import Embed, Program, Project, Step
+from ..modules import matrix_specs
+from ..program import Apply, Embed, Program, Project, Step
 from .context import Context
-from .device import float_to_bf16
-from .formats import DENSE_TYPES, TILE_ROWS, DenseMatrix, Matrix, QuantMatrix, matrix_bytes, raw_bytes
-from .memory import ALIGNMENT, Array, HostBuffer, Pool
+from .formats import DENSE_TYPES, TILE_ROWS, DenseMatrix, Matrix, QuantMatrix, flat_shape, matrix_bytes, raw_bytes
+from .memory import ALIGNMENT, DTYPES, Array, Pool
+from .ops import rows
 from .ops.repack import repack
+from .staging import STAGE, Cargo, Piece, Progress, Whole, stored, upload
 
-STAGE = 32 << 20
-_STAGES = 3
-_READERS = 6
-Progress = Callable[[int, int], None]
+STAGING_BYTES = 3 * STAGE
+"""Device memory that loading takes beside the weights: what arrives, and float32 of as many 16-bit values."""
+
+_DENSE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 
 def matrix_names(program: Program) -> set[str]:
-    """Tensors that are used as matrices: by a projection, or as the embedding."""
+    """Tensors that are used as matrices: by a projection, as the embedding, or by a module."""
     names = {step.table.weight for step in program.steps if isinstance(step, Embed)}
     for step in program.steps:
         if isinstance(step, Project):
             names |= {weight.weight for weight in step.weights}
+        elif isinstance(step, Apply):
+            names |= {spec.name for spec in matrix_specs(step.module, step.src.columns)}
     return names
 
 
@@ -46,7 +47,7 @@ def resident_bytes(program: Program, types: Callable[[str], str]) -> int:
     shapes = {spec.name: spec.shape for spec in program.decoder.tensors()}
     total = 0
     for name, shape in shapes.items():
-        size = matrix_bytes(types(name), *shape) if name in matrices else 4 * math.prod(shape)
+        size = matrix_bytes(types(name), *flat_shape(types(name), shape)) if name in matrices else 4 * math.prod(shape)
         total += -(-size // ALIGNMENT) * ALIGNMENT
     return total
 
@@ -74,24 +75,18 @@ class CudaWeights:
         self._vectors: dict[str, Array] = {}
         self._parts: dict[str, tuple[Part, ...]] = {}
         self._stacked: dict[tuple[str, ...], Matrix] = {}
+        pool.reserve(resident_bytes(program, lambda name: source.tensors[name].type))
         stacks = [run for step in program.steps for run in _stacks(step, source)]
         for run in stacks:
             self._reserve(pool, run, source)
-        specs = {spec.name: spec for spec in program.decoder.tensors()}
-        total = sum(source.tensors[name].nbytes for name in specs)
-        done = 0
-        with _Stages(ctx) as stages:
-            for spec in specs.values():
-                info = source.tensors[spec.name]
-                if spec.name in self._matrices:
-                    self._fill(self._matrices[spec.name], stages, source, spec.name, info)
-                else:
-                    array = pool.array(spec.shape, "f32")
-                    ctx.device.upload(array, source.dequantise(spec.name))
-                    self._vectors[spec.name] = array
-                done += info.nbytes
-                if progress is not None:
-                    progress(done, total)
+        cargoes = []
+        for name, shape in {spec.name: spec.shape for spec in program.decoder.tensors()}.items():
+            if name not in self._matrices:
+                self._vectors[name] = pool.array(shape, "f32")
+            cargoes.append(self._cargo(source, name))
+        with Pool(ctx.device, "conversion") as extra:
+            wide = cache(lambda: extra.array(2 * STAGE, "u8"))
+            upload(ctx.device, cargoes, lambda piece, block: self._place(piece, block, source, wide), progress)
 
         for step in program.steps:
             if isinstance(step, Project):
@@ -109,11 +104,15 @@ class CudaWeights:
         """A vector, or a learned table of positions, by tensor name; None for None."""
         return None if name is None else self._vectors[name]
 
+    def named(self, name: str) -> Array | Matrix:
+        """A tensor by name, however it is kept; a stack of matrices as one."""
+        return self._matrices[name] if name in self._matrices else self._vectors[name]
+
     def _reserve(self, pool: Pool, names: Sequence[str], source: WeightSource) -> None:
         """Makes room for matrices that lie one after the other, unless they have it already (a tied head)."""
         if names[0] in self._matrices:
             return
-        infos = [source.tensors[name] for name in names]
+        infos = [_flat(source.tensors[name]) for name in names]
         whole: Matrix = _make(pool, infos[0].type, sum(info.shape[0] for info in infos), infos[0].shape[1], self._act)
         start = 0
         for name, info in zip(names, infos, strict=True):
@@ -139,47 +138,44 @@ class CudaWeights:
             yield Part(column, self._stacked[tuple(names)], stack)
             column += sum(sizes[name] for name in names)
 
-    def _fill(self, matrix: Matrix, stages: _Stages, source: WeightSource, name: str, info: WeightInfo) -> None:
-        rows, cols = info.shape
-        if isinstance(matrix, DenseMatrix):
-            read = self._dense_reader(source, name, info)
-            for start, stop in _row_chunks(rows, 2 * cols, 1):
-                goal = matrix.data.slice_rows(start, stop).view("u8", (stop - start) * cols * 2)
-                stages.send(read, start, stop, goal)
+    def _cargo(self, source: WeightSource, name: str) -> Cargo:
+        """How a tensor travels: quantised matrices in whole tiles, others number by number."""
+        info, matrix = source.tensors[name], self._matrices.get(name)
+        if isinstance(matrix, QuantMatrix):
+            row = raw_bytes(info.type, 1, matrix.cols)
+            return Cargo(name, matrix.rows, row, info.nbytes, stored(source, name), TILE_ROWS)
+        numbers = math.prod(info.shape)
+        if info.type in _DENSE:
+            return Cargo(name, numbers, DTYPES[_DENSE[info.type]], info.nbytes, stored(source, name))
+        values = Whole(lambda: source.dequantise(name).reshape(-1).view(np.uint8), 4 * numbers)
+        return Cargo(name, numbers, 4, info.nbytes, values)
+
+    def _place(self, piece: Piece, block: Array, source: WeightSource, wide: Callable[[], Array]) -> None:
+        """Enqueues what brings a piece that has arrived into its place. ``wide`` is room for it as float32."""
+        name, start, stop = piece.cargo.name, piece.start, piece.stop
+        kind, matrix = source.tensors[name].type, self._matrices.get(name)
+        if isinstance(matrix, QuantMatrix):
+            repack(self._ctx, kind, block, matrix.slice_rows(start, stop))
             return
-        row_bytes = raw_bytes(info.type, 1, cols)
-        raw = source.data(name).reshape(rows, row_bytes)
-        for start, stop in _row_chunks(rows, row_bytes, TILE_ROWS):
-            block = stages.send(lambda a, b, out: np.copyto(out, raw[a:b].reshape(-1)), start, stop, None, row_bytes)
-            repack(self._ctx, info.type, block, matrix.slice_rows(start, stop))
-            stages.used(block)
-
-    def _dense_reader(
-        self, source: WeightSource, name: str, info: WeightInfo
-    ) -> Callable[[int, int, NDArray[np.uint8]], None]:
-        rows, cols = info.shape
-        kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[info.type]
-        stored = source.data(name).view(kind).reshape(rows, cols)
-        same = (info.type, self._act) in (("F16", "f16"), ("BF16", "bf16"))
-
-        def read(start: int, stop: int, out: NDArray[np.uint8]) -> None:
-            part: NDArray[Any] = stored[start:stop]
-            if same:
-                np.copyto(out.view(kind).reshape(part.shape), part)
-                return
-            values = (part.astype(np.uint32) << 16).view(np.float32) if info.type == "BF16" else part
-            if self._act == "bf16":
-                np.copyto(out.view("u2").reshape(part.shape), float_to_bf16(values.astype(np.float32)))
-            else:
-                np.copyto(out.view("f2").reshape(part.shape), values, casting="same_kind")
-
-        return read
+        whole = self._vectors[name] if matrix is None else matrix.data
+        target = whole.reshape(whole.size).slice_rows(start, stop)
+        values = block.view(_DENSE.get(kind, "f32"), stop - start)
+        if values.dtype == target.dtype:
+            self._ctx.device.copy(values, target)
+            return
+        if "f32" not in (values.dtype, target.dtype):  # float16 and bfloat16 meet in float32, which holds both
+            between = wide().view("f32", stop - start)
+            rows.convert(self._ctx, values, between)
+            values = between
+        rows.convert(self._ctx, values, target)
 
 
 def _stacks(step: Step, source: WeightSource) -> list[tuple[str, ...]]:
     """The matrices of a step in runs that can lie one after the other: alike in type and ending at a tile's end."""
     if isinstance(step, Embed):
         return [(step.table.weight,)]
+    if isinstance(step, Apply):
+        return [(spec.name,) for spec in matrix_specs(step.module, step.src.columns)]
     if not isinstance(step, Project):
         return []
     runs: list[list[str]] = []
@@ -195,72 +191,20 @@ def _stacks(step: Step, source: WeightSource) -> list[tuple[str, ...]]:
     return [tuple(run) for run in runs]
 
 
+@dataclass(frozen=True, slots=True)
+class _Flat:
+    """A stack of matrices as one: they lie one after the other in the file too."""
+
+    shape: tuple[int, ...]
+    type: str
+    nbytes: int
+
+
+def _flat(info: WeightInfo) -> WeightInfo:
+    return info if len(info.shape) == 2 else _Flat(flat_shape(info.type, info.shape), info.type, info.nbytes)
+
+
 def _make(pool: Pool, kind: str, rows: int, cols: int, act: str) -> Matrix:
     if kind in DENSE_TYPES:
         return DenseMatrix(pool.array((rows, cols), act))
     return QuantMatrix(kind, rows, cols, pool.array(QuantMatrix.shape_of(kind, rows, cols), "u8"))
-
-
-class _Stages:
-    """Rings of page-locked and of device memory that parts of a file pass through."""
-
-    def __init__(self, ctx: Context) -> None:
-        self._ctx = ctx
-        self._host = [HostBuffer(ctx.device, STAGE) for _ in range(_STAGES)]
-        self._pool = Pool(ctx.device, "staging")
-        self._device = [self._pool.array(STAGE, "u8") for _ in range(_STAGES)]
-        self._busy: list[Any] = [None] * _STAGES
-        self._next = 0
-        self._readers = ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1))
-
-    def __enter__(self) -> _Stages:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._readers.shutdown()
-        self._ctx.device.synchronize()
-        for buffer in self._host:
-            buffer.close()
-        self._pool.close()
-
-    def send(
-        self,
-        read: Callable[[int, int, NDArray[np.uint8]], None],
-        start: int,
-        stop: int,
-        target: Array | None,
-        row_bytes: int = 0,
-    ) -> Array:
-        """Reads rows start:stop with several threads and copies them to ``target``, or to a part of the ring."""
-        slot, self._next = self._next, (self._next + 1) % _STAGES
-        if self._busy[slot] is not None:
-            self._busy[slot].sync()  # what was sent from here last may still be under way
-        row_bytes = row_bytes or (target.nbytes // (stop - start) if target is not None else 0)
-        host = self._host[slot].array(np.uint8, (stop - start) * row_bytes)
-        step = -(-(stop - start) // _READERS)
-        jobs = [
-            self._readers.submit(
-                read,
-                at,
-                min(at + step, stop),
-                host[(at - start) * row_bytes : (min(at + step, stop) - start) * row_bytes],
-            )
-            for at in range(start, stop, step)
-        ]
-        for job in jobs:
-            job.result()
-        goal = target if target is not None else self._device[slot].view("u8", host.size)
-        self._ctx.device.copy_in(goal, host)
-        self._busy[slot] = self._ctx.device.stream.record()
-        self._slot = slot
-        return goal
-
-    def used(self, block: Array) -> None:
-        """Says that the work on what was sent last is on the stream: its place is free after that."""
-        self._busy[self._slot] = self._ctx.device.stream.record()
-
-
-def _row_chunks(rows: int, row_bytes: int, multiple: int) -> Iterator[tuple[int, int]]:
-    size = max(multiple, STAGE // row_bytes // multiple * multiple)
-    for start in range(0, rows, size):
-        yield start, min(start + size, rows)

@@ -72,39 +72,60 @@ struct Unit {
   u32 low[LOW_WORDS], high[HIGH_WORDS + 1], scales[4], supers[2];
 };
 
+// Where a unit is read from: memory of the device, once; or a copy in shared memory.
+struct FromGlobal {
+  static __device__ __forceinline__ uint4 load128(const u8* p) { return ph_ldg128_once(p); }
+  static __device__ __forceinline__ uint2 load64(const u8* p) { return ph_ldg64_once(p); }
+  static __device__ __forceinline__ u32 load32(const u8* p) { return ph_ldg32_once(p); }
+  static __device__ __forceinline__ u32 load16(const u8* p) { return __ldg(reinterpret_cast<const u16*>(p)); }
+  static __device__ __forceinline__ u32 load8(const u8* p) { return __ldg(p); }
+};
+struct FromShared {
+  static __device__ __forceinline__ uint4 load128(const u8* p) { return *reinterpret_cast<const uint4*>(p); }
+  static __device__ __forceinline__ uint2 load64(const u8* p) { return *reinterpret_cast<const uint2*>(p); }
+  static __device__ __forceinline__ u32 load32(const u8* p) { return *reinterpret_cast<const u32*>(p); }
+  static __device__ __forceinline__ u32 load16(const u8* p) { return *reinterpret_cast<const u16*>(p); }
+  static __device__ __forceinline__ u32 load8(const u8* p) { return *p; }
+};
+
 // `vectors` is how many vectors of low bits the unit holds; the others become zero codes.
+template <typename From = FromGlobal>
 __device__ __forceinline__ void load_unit(Unit& q, const u8* unit, int lane, int vectors) {
 #pragma unroll
   for (int v = 0; v < LOW_VECTORS; ++v) {
     uint4 w = make_uint4(0, 0, 0, 0);
-    if (PH_BLOCK == 256 || v < vectors) w = ph_ldg128_once(unit + PH_LOW_AT + 512 * v + 16 * lane);
+    if (PH_BLOCK == 256 || v < vectors) w = From::load128(unit + PH_LOW_AT + 512 * v + 16 * lane);
     q.low[4 * v] = w.x, q.low[4 * v + 1] = w.y, q.low[4 * v + 2] = w.z, q.low[4 * v + 3] = w.w;
   }
 #pragma unroll
   for (int v = 0; v < PH_HIGH_BITS; ++v) {
-    const uint4 w = ph_ldg128_once(unit + PH_HIGH_AT + 512 * v + 16 * lane);
+    const uint4 w = From::load128(unit + PH_HIGH_AT + 512 * v + 16 * lane);
     q.high[4 * v] = w.x, q.high[4 * v + 1] = w.y, q.high[4 * v + 2] = w.z, q.high[4 * v + 3] = w.w;
   }
 #if PH_SCALES == 0 || PH_SCALES == 3 || PH_SCALES == 5
-  const uint2 s = ph_ldg64_once(unit + 8 * lane);
+  const uint2 s = From::load64(unit + 8 * lane);
   q.scales[0] = s.x, q.scales[1] = s.y;
 #elif PH_SCALES == 1
-  const uint4 s = ph_ldg128_once(unit + 16 * lane);
+  const uint4 s = From::load128(unit + 16 * lane);
   q.scales[0] = s.x, q.scales[1] = s.y, q.scales[2] = s.z, q.scales[3] = s.w;
 #elif PH_SCALES == 2 || PH_SCALES == 4
-  q.scales[0] = ph_ldg32_once(unit + 4 * lane);
-  q.scales[1] = __ldg(reinterpret_cast<const u16*>(unit + 128 + 2 * lane));
+  q.scales[0] = From::load32(unit + 4 * lane);
+  q.scales[1] = From::load16(unit + 128 + 2 * lane);
 #elif PH_SCALES == 6
-  q.scales[0] = __ldg(reinterpret_cast<const u16*>(unit + 2 * lane)) | (u32)__ldg(unit + 64 + lane) << 16;
+  q.scales[0] = From::load16(unit + 2 * lane) | From::load8(unit + 64 + lane) << 16;
 #else
-  q.scales[0] = ph_ldg32_once(unit + 4 * lane);
+  q.scales[0] = From::load32(unit + 4 * lane);
 #endif
 #if PH_SCALES == 2 || PH_SCALES == 5
-  const uint2 d = ph_ldg64(unit + PH_SUPERS_AT + 8 * (lane >> 2));
+  const uint2 d = From::load64(unit + PH_SUPERS_AT + 8 * (lane >> 2));
   q.supers[0] = d.x, q.supers[1] = d.y;
 #elif PH_SCALES == 3 || PH_SCALES == 4 || PH_SCALES == 6
-  q.supers[0] = ph_ldg32(unit + PH_SUPERS_AT + 4 * (lane >> 2));
+  q.supers[0] = From::load32(unit + PH_SUPERS_AT + 4 * (lane >> 2));
 #endif
+}
+
+__device__ __forceinline__ int vectors_in(int unit, int cols) {
+  return PH_BLOCK == 256 ? LOW_VECTORS : ph_div_up(min(256, cols - 256 * unit) * PH_LOW_BITS, 256);
 }
 
 // ---- codes to fragments

@@ -1,10 +1,6 @@
-// out = x W^T for row-major weights of the activation type and up to 32 tokens: bound by reading W once.
-//
-// ph_dense_one: one token. A warp walks two rows at once; PH_SLICES warps share the columns of a pair where there are
-// too few rows to fill the GPU. Products and sums in float32.
-//
-// ph_dense_few: PH_TOKEN_TILES columns of 8 tokens, 16 rows to a block, through the tensor core. As in formats.cuh a
-// lane's columns of a group of 32 are 8*t..8*t+7, so that 16 bytes of a row are the fragments of two steps.
+// out = x W^T for row-major weights of the activation type and 1 to 32 tokens: PH_TOKEN_TILES columns of 8 tokens, 16 rows
+// to a block, through the tensor core. As in formats.cuh a lane's columns of a group of 32 are 8*t..8*t+7, so that 16
+// bytes of a row are the fragments of two steps.
 //
 // PH_SCALAR: the number of columns is not a multiple of 8, and nothing is aligned.
 
@@ -38,70 +34,7 @@ __device__ __forceinline__ uint4 load8_once(const act_t* row, int k, int cols) {
 #endif
 }
 
-[[maybe_unused]] __device__ __forceinline__ void unpack(const uint4& v, float (&f)[8]) {
-  const u32 r[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 pair = ph_to_float2(ph_bits_act2(r[i]));
-    f[2 * i] = pair.x, f[2 * i + 1] = pair.y;
-  }
-}
-
 }  // namespace
-
-#if PH_TOKEN_TILES == 0
-
-constexpr int ROWS = 2, AHEAD = 4;  // rows of a warp, and loads under way for each
-
-extern "C" __global__ void __launch_bounds__(256, 3)
-    ph_dense_one(const act_t* weights, const act_t* x, out_t* out, const float* bias, int rows, int cols, float scale,
-              int accumulate) {
-  __shared__ float part[8][ROWS];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, slice = warp % PH_SLICES;
-  const int first = (blockIdx.x * (8 / PH_SLICES) + warp / PH_SLICES) * ROWS;
-  const act_t* row[ROWS];
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) row[r] = weights + (i64)min(first + r, rows - 1) * cols;
-
-  float acc[ROWS] = {};
-  for (int k = 256 * slice + 8 * lane; k < cols; k += 256 * PH_SLICES * AHEAD) {
-    uint4 w[AHEAD][ROWS];
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i)
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) w[i][r] = load8_once(row[r], k + 256 * PH_SLICES * i, cols);
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-      float xs[8];
-      unpack(load8(x, k + 256 * PH_SLICES * i, cols), xs);
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-        float ws[8];
-        unpack(w[i][r], ws);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) acc[r] = fmaf(ws[e], xs[e], acc[r]);
-      }
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) acc[r] = ph_warp_sum(acc[r]);
-  if (PH_SLICES > 1) {
-    if (lane == 0)
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) part[warp][r] = acc[r];
-    __syncthreads();
-    if (slice != 0) return;
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r)
-      for (int s = 1; s < PH_SLICES; ++s) acc[r] += part[warp + s][r];
-  }
-  const Store store{out, bias, scale, accumulate};
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r)
-    if (lane == r && first + r < rows) store(first + r, first + r, acc[r]);
-}
-
-#else
 
 constexpr int TILES = PH_TOKEN_TILES, AHEAD = 4;  // groups of 32 columns under way
 
@@ -119,6 +52,8 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 #pragma unroll
   for (int n = 0; n < TILES; ++n) token[n] = x + (i64)min(8 * n + g, tokens - 1) * cols;
 
+  ph_wait_for_inputs();
+  ph_let_next_begin();
   float acc[TILES][4] = {};
   for (int k = 32 * AHEAD * warp; k < cols; k += 32 * AHEAD * warps) {
     uint4 w[AHEAD][2];
@@ -144,5 +79,3 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     for (int e = 0; e < 4; ++e) part[warp][g + 8 * (e >> 1)][8 * n + 2 * t + (e & 1)] = acc[n][e];
   sum_and_store<8 * TILES>(part, first, rows, tokens, ld, Store{out, bias, scale, accumulate});
 }
-
-#endif

@@ -1,13 +1,6 @@
-// out = x W^T for quantised tiles and up to 32 tokens. A block owns 16 rows; its warps share the units of K out among
-// themselves, each holding one unit in registers while the next is under way; sums meet in shared memory in the order
-// of the warps.
-//
-// ph_linear_one, the kernel of decoding: with one token, seven of the tensor core's eight columns would be idle. So
-// column j is given group j's activations: a product of group j's weights is right in column j, and that is the one
-// that is kept. A lane then holds the sums of groups 2t and 2t + 1, just those whose scales it loaded, and scales them
-// once per 256 columns, not once per 32.
-//
-// ph_linear_few: PH_TOKEN_TILES columns of 8 tokens; scales are applied group by group.
+// out = x W^T for quantised tiles and 1 to 32 tokens, in columns of 8. A block owns 16 rows; its warps share the units of K
+// out among themselves, each holding one unit in registers while the next is under way; scales are applied group by
+// group; sums meet in shared memory in the order of the warps. PH_TOKEN_TILES columns of 8 tokens.
 
 #include "formats.cuh"
 #include "linear.cuh"
@@ -20,10 +13,6 @@ constexpr int STAGES = 1;
 #else
 constexpr int STAGES = PH_STAGES;
 #endif
-
-__device__ __forceinline__ int vectors_in(int unit, int cols) {
-  return PH_BLOCK == 256 ? LOW_VECTORS : ph_div_up(min(256, cols - 256 * unit) * PH_LOW_BITS, 256);
-}
 
 // b of both steps of a group from one token's activations: zero where the group is outside.
 __device__ __forceinline__ void load_b(u32 (&b)[2][2], const act_t* group, int t, bool inside) {
@@ -39,88 +28,6 @@ __device__ __forceinline__ void load_b(u32 (&b)[2][2], const act_t* group, int t
 }
 
 }  // namespace
-
-#if PH_TOKEN_TILES == 0
-
-// Sums of the activations of every column: [part][0] in column 2t, [1] in 2t + 1.
-__device__ __forceinline__ void sum_columns(float (&sum)[PARTS][2], const u32 (&b)[2][2]) {
-  const u32 ones[4] = {ONES, ONES, ONES, ONES};
-#pragma unroll
-  for (int part = 0; part < PARTS; ++part) {
-    float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    ph_mma(d, ones, b[part]);
-    if (PARTS == 1) ph_mma(d, ones, b[1]);
-    sum[part][0] = d[0], sum[part][1] = d[1];
-  }
-}
-
-extern "C" __global__ void __launch_bounds__(256, PH_CTAS)
-    ph_linear_one(const u8* weights, const act_t* x, out_t* out, const float* bias, int rows, int cols, i64 tile_bytes,
-               float scale, int accumulate) {
-  __shared__ float part[8][16][2];
-  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  const int warp = threadIdx.x >> 5, warps = blockDim.x >> 5, units = ph_div_up(cols, 256);
-  const u8* tile = weights + blockIdx.x * tile_bytes;
-
-  Unit q[STAGES];
-  u32 b[STAGES][2][2];
-#pragma unroll
-  for (int s = 0; s < STAGES; ++s) {
-    const int u = warp + s * warps;
-    if (u < units) {
-      load_unit(q[s], tile + (i64)u * PH_UNIT_BYTES, lane, vectors_in(u, cols));
-      load_b(b[s], x + 256 * u + 32 * g, t, PH_BLOCK == 256 || 256 * u + 32 * g < cols);
-    }
-  }
-  float acc[2] = {0.0f, 0.0f};
-  for (int first = warp; first < units; first += STAGES * warps)
-#pragma unroll
-    for (int s = 0; s < STAGES; ++s) {
-      const int u = first + s * warps, next = u + STAGES * warps;
-      if (u >= units) break;
-      float v[2][2][PARTS] = {};
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-#pragma unroll
-        for (int p = 0; p < PARTS; ++p) {
-          float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-          u32 a[4];
-          fragment(q[s], 2 * j + p, a);
-          ph_mma(d, a, b[s][p]);
-          if (PARTS == 1) {
-            fragment(q[s], 2 * j + 1, a);
-            ph_mma(d, a, b[s][1]);
-          }
-          if (t == j >> 1) v[0][j & 1][p] = d[j & 1], v[1][j & 1][p] = d[2 + (j & 1)];
-        }
-      float sum[PARTS][2] = {};
-      if (NEEDS_SUMS) sum_columns(sum, b[s]);
-      Scales scales;
-      read_scales(q[s], scales);
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-#pragma unroll
-        for (int c = 0; c < 2; ++c)
-#pragma unroll
-          for (int p = 0; p < PARTS; ++p) {
-            if (BIAS[h] != 0.0f) v[h][c][p] = fmaf(-BIAS[h], sum[p][c], v[h][c][p]);
-            acc[h] = fmaf(scales.scale[h][c][p], v[h][c][p], acc[h]);
-            if (PH_HAS_MIN) acc[h] = fmaf(-scales.minimum[h][c][p], sum[p][c], acc[h]);
-          }
-      if (next < units) {
-        load_unit(q[s], tile + (i64)next * PH_UNIT_BYTES, lane, vectors_in(next, cols));
-        load_b(b[s], x + 256 * next + 32 * g, t, PH_BLOCK == 256 || 256 * next + 32 * g < cols);
-      }
-    }
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float sum = ph_warp_sum<4>(acc[h]);
-    if (t == 0) part[warp][g + 8 * h][0] = sum;
-  }
-  sum_and_store<1>(part, 16 * blockIdx.x, rows, 1, 0, Store{out, bias, scale, accumulate});
-}
-
-#else
 
 constexpr int TILES = PH_TOKEN_TILES;
 
@@ -141,6 +48,8 @@ extern "C" __global__ void __launch_bounds__(256, PH_CTAS)
   for (int s = 0; s < STAGES; ++s)
     if (warp + s * warps < units)
       load_unit(q[s], tile + (i64)(warp + s * warps) * PH_UNIT_BYTES, lane, vectors_in(warp + s * warps, cols));
+  ph_wait_for_inputs();
+  ph_let_next_begin();
   for (int first = warp; first < units; first += STAGES * warps)
 #pragma unroll
     for (int s = 0; s < STAGES; ++s) {
@@ -188,5 +97,3 @@ extern "C" __global__ void __launch_bounds__(256, PH_CTAS)
     for (int e = 0; e < 4; ++e) part[warp][g + 8 * (e >> 1)][8 * n + 2 * t + (e & 1)] = acc[n][e];
   sum_and_store<8 * TILES>(part, 16 * blockIdx.x, rows, tokens, ld, Store{out, bias, scale, accumulate});
 }
-
-#endif

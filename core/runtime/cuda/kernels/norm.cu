@@ -25,6 +25,8 @@ template <typename T> struct alignas(sizeof(T) * PH_VECTOR) Pack {
 extern "C" __global__ void ph_norm(const in_t* in, const float* weight, const float* bias, out_t* out, int size,
                                    int heads, i64 in_stride, i64 out_stride, float eps) {
   __shared__ float scratch[32];
+  ph_wait_for_inputs();
+  ph_let_next_begin();
   const int token = blockIdx.x / heads, head = blockIdx.x % heads;
   in += token * in_stride + (i64)head * size;
   out += token * out_stride + (i64)head * size;

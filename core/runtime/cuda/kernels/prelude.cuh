@@ -161,6 +161,26 @@ template <int PENDING> __device__ __forceinline__ void ph_cp_async_wait() {
 #endif
 }
 
+// ---- programmatic dependent launch (9.0 and newer; before that both are nothing)
+
+// A kernel launched with `early` may begin while the one before it still runs. Until it has called this it may read only
+// what no kernel of the step writes: weights. Every thread that reads or writes anything else must call it. After it,
+// everything that the kernels before have written is there. Harmless in a kernel launched otherwise.
+__device__ __forceinline__ void ph_wait_for_inputs() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel, if it was launched with `early`, begin as soon as every block has called this or is done. Call it
+// after the wait: then at most two kernels share the GPU, and the second finds the multiprocessors evenly taken. Were a
+// third let in, its blocks would crowd where the first is through, and the slowest multiprocessor would have two.
+__device__ __forceinline__ void ph_let_next_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- tensor cores
 
 // d += a b with a 16x16 (row-major), b 16x8 (column-major), d 16x8 in float32. Lane 4*g + t holds, each register being

@@ -1,4 +1,4 @@
-// Small steps between the big ones: picking rows, adding branches, finishing logits, moving a decode loop on.
+// Small steps between the big ones: picking rows, changing types, adding branches, finishing logits.
 //
 // Macros: PH_IN_F32 and PH_OUT_F32 (else act_t), PH_SOFTCAP.
 
@@ -17,6 +17,8 @@ typedef act_t out_t;
 
 // out [m, size] = src[rows[m]]; a negative row gives zeros.
 extern "C" __global__ void __launch_bounds__(256) ph_gather(const in_t* src, const int* rows, out_t* out, int size) {
+  ph_wait_for_inputs();
+  ph_let_next_begin();
   const int at = blockIdx.y * blockDim.x + threadIdx.x;
   if (at >= size) return;
   const i64 m = blockIdx.x;
@@ -26,18 +28,24 @@ extern "C" __global__ void __launch_bounds__(256) ph_gather(const in_t* src, con
 
 // dst = src
 extern "C" __global__ void __launch_bounds__(256) ph_convert(const in_t* src, out_t* dst, i64 size) {
+  ph_wait_for_inputs();
+  ph_let_next_begin();
   const i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x;
   if (at < size) dst[at] = ph_from_float<out_t>(ph_to_float(src[at]));
 }
 
 // dst += scale * src
 extern "C" __global__ void __launch_bounds__(256) ph_add(const in_t* src, out_t* dst, i64 size, float scale) {
+  ph_wait_for_inputs();
+  ph_let_next_begin();
   const i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x;
   if (at < size) dst[at] = ph_from_float<out_t>(ph_to_float(dst[at]) + scale * ph_to_float(src[at]));
 }
 
 // In place: x * scale, then cap * tanh(x / cap).
 extern "C" __global__ void __launch_bounds__(256) ph_finish(float* x, i64 size, float scale, float cap) {
+  ph_wait_for_inputs();
+  ph_let_next_begin();
   const i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x;
   if (at >= size) return;
 #ifdef PH_SOFTCAP
@@ -45,14 +53,4 @@ extern "C" __global__ void __launch_bounds__(256) ph_finish(float* x, i64 size, 
 #else
   x[at] *= scale;
 #endif
-}
-
-// One decode step further, for each sequence that is alive: a negative position or an empty context marks padding.
-extern "C" __global__ void __launch_bounds__(256)
-    ph_advance(int* tokens, int* positions, int* context_lens, const int* sampled, int sequences) {
-  const int s = blockIdx.x * blockDim.x + threadIdx.x;
-  if (s >= sequences || positions[s] < 0 || context_lens[s] <= 0) return;
-  tokens[s] = sampled[s];
-  positions[s] += 1;
-  context_lens[s] += 1;
 }

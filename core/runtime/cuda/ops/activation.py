@@ -46,4 +46,4 @@ def activate(ctx: Context, src: Array, out: Array, kind: Activation, gated: bool
     vector = 8 if size % 8 == 0 and src.ptr % 16 == 0 and out.ptr % 16 == 0 else 1
     grid = (rows, -(-size // (vector * _THREADS)), 1)
     macros = _macros(kind, gated, out.dtype, vector)
-    ctx.launch("activation.cu", "ph_activate", grid, _THREADS, src, out, size, macros=macros)
+    ctx.launch("activation.cu", "ph_activate", grid, _THREADS, src, out, size, macros=macros, early=True)

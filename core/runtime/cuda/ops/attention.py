@@ -1,16 +1,17 @@
 """Attention over the paged cache: launches kernels/attention_decode.cu and kernels/attention_prefill.cu.
 
-Decode takes one token per sequence and splits its context over blocks; prefill takes chunks of any length, one row
-included. Grids depend on shapes and on the bounds given, never on what device arrays hold, so both can be captured.
+Decode takes the rows of one token per sequence as the projection left them, through norms, rotation and cache, and
+splits contexts over blocks as attention_plan.py says; prefill takes chunks of any length, one row included, which
+store_kv has seen to. Grids depend on shapes and on bounds, never on what device arrays hold, so both can be captured.
 
-Prefill's result for a row is the same bits in any batch and with any chunking. Decode's is so for a fixed
-``split_tokens``; by default the split follows from the batch and the bound on the context.
+Prefill's result for a row is the same bits in any batch and with any chunking, and decode's is so in any batch for a
+fixed plan; by default the plan follows from the number of sequences.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import numpy as np
@@ -20,18 +21,18 @@ from ....arch import Attention
 from ..context import Context
 from ..memory import Array
 from ..variants import Variant
+from . import attention_plan
+from .attention_plan import DecodePlan, choose_plan, decode_shared_bytes
+from .attention_plan import counters as counters
+from .attention_plan import scratch_bytes as scratch_bytes
 from .checks import BYTES, HALVES, Scales, expect, expect_array, expect_cache
+from .heads import HeadNorm, Turn, head_eps, head_kinds, head_macros, head_vectors
 
 #: Rows of a prefill tile, and keys of a step.
 TILE = 64
 MAX_HEAD_DIM = 256
-#: The most blocks that share a sequence's context; what the last of them adds up fits its shared memory.
-MAX_SPLITS = 256
 
 _THREADS = 128
-_GROUP = 8  # query heads of a KV head that a decode block serves
-_ROUND = 64  # keys that a decode block takes at a time
-_COMBINED = 256 << 10  # bytes of partial results per KV head that the last block should have to add up
 _NULL = np.uint64(0)
 
 
@@ -51,32 +52,62 @@ def _macros(
     }
 
 
-VARIANTS = tuple(
-    Variant(file, (kernel,), _macros(*values), hot=True)
-    for file, kernel in (
-        ("attention_decode.cu", "ph_attend_decode"),
-        ("attention_prefill.cu", "ph_attend_prefill"),
-    )
-    for values in (
-        (64, 16, False, False, "f16", "f16"),
-        (80, 16, False, False, "f16", "f16"),
-        (96, 16, False, False, "f16", "f16"),
-        (128, 16, False, False, "f16", "f16"),
-        (128, 16, True, True, "bf16", "bf16"),
-        (256, 16, True, True, "f16", "f16"),
-        (256, 16, False, False, "bf16", "f16"),
-        (10, 3, True, False, "f16", "bf16"),
-        (2, 1, False, True, "f16", "f16"),
-        (64, 16, False, False, "f16", BYTES),
-        (80, 16, False, False, "f16", BYTES),
-        (96, 16, False, False, "f16", BYTES),
-        (128, 16, False, False, "f16", BYTES),
-        (128, 16, True, True, "bf16", BYTES),
-        (256, 16, True, True, "f16", BYTES),
-        (256, 16, False, False, "bf16", BYTES),
-        (40, 3, False, False, "f16", BYTES),
-        (10, 3, True, False, "f16", BYTES),
-    )
+@cache
+def _decode_macros(
+    dim: int, block: int, window: bool, softcap: bool, dtype: str, kv_dtype: str,
+    heads: tuple[int, bool, int, int], shape: tuple[int, int],
+) -> Mapping[str, object]:  # fmt: skip
+    more = {"PH_WARPS": shape[0], "PH_STAGES": shape[1], **head_macros(*heads)}
+    return {**_macros(dim, block, window, softcap, dtype, kv_dtype), **more}
+
+
+#: head_dim, block_size, window, softcap, dtype, kv_dtype
+_KINDS = (
+    (64, 16, False, False, "f16", "f16"),
+    (80, 16, False, False, "f16", "f16"),
+    (96, 16, False, False, "f16", "f16"),
+    (128, 16, False, False, "f16", "f16"),
+    (128, 16, True, True, "bf16", "bf16"),
+    (256, 16, True, True, "f16", "f16"),
+    (256, 16, False, False, "bf16", "f16"),
+    (10, 3, True, False, "f16", "bf16"),
+    (2, 1, False, True, "f16", "f16"),
+    (64, 16, False, False, "f16", BYTES),
+    (80, 16, False, False, "f16", BYTES),
+    (96, 16, False, False, "f16", BYTES),
+    (128, 16, False, False, "f16", BYTES),
+    (128, 16, True, True, "bf16", BYTES),
+    (256, 16, True, True, "f16", BYTES),
+    (256, 16, False, False, "bf16", BYTES),
+    (40, 3, False, False, "f16", BYTES),
+    (10, 3, True, False, "f16", BYTES),
+)
+#: Pairs that turn, interleaved, norms of q and k: as in a Llama, a GPT-2, a Qwen3, and a GPT-NeoX with LayerNorms.
+_HEADS = {128: (64, True, 0, 0), 64: (0, False, 0, 0), 256: (128, False, 1, 1), 80: (16, False, 2, 2)}
+
+VARIANTS = (
+    *(Variant("attention_prefill.cu", ("ph_attend_prefill",), _macros(*kind), hot=True) for kind in _KINDS),
+    *(
+        Variant(
+            "attention_decode.cu",
+            ("ph_attend_decode",),
+            _decode_macros(*kind, _HEADS.get(kind[0], (1, True, 0, 1)), shape),
+            hot=True,
+        )
+        for kind in _KINDS
+        for shape in ((8, 2), (4, 2))
+    ),
+    Variant(
+        "attention_decode.cu",
+        ("ph_attend_decode",),
+        _decode_macros(128, 16, False, False, "f16", "f16", (64, False, 1, 1), (8, 2)),
+        hot=True,
+    ),
+    Variant(
+        "attention_decode.cu",
+        ("ph_attend_decode",),
+        _decode_macros(256, 16, False, False, "f16", "f16", (32, True, 0, 0), (2, 2)),
+    ),
 )
 
 
@@ -92,70 +123,81 @@ def attend_decode(
     scratch: Array,
     counters: Array,
     *,
-    max_context: int | None = None,
-    work: Array | None = None,
-    split_tokens: int | None = None,
+    turn: Turn | None,
+    norms: Sequence[HeadNorm | None],
+    positions: Array,
     scales: Scales | None = None,
+    early: bool = True,
+    fixed_split: bool = False,
+    plan: DecodePlan | None = None,
 ) -> None:
-    """Attention of one token per sequence, the last of its context, whose K and V are in the cache already.
+    """All of attention for one token per sequence, the last of its context: row s belongs to sequence s.
 
-    ``qkv`` is [N, q | k | v] in f16 or bf16, of which q is read, ``out`` [N, heads · head_dim] of the same type; caches
-    and ``scales`` as store_kv. ``context_lens`` i32 [S], at most ``max_context`` each, which is by default what
-    ``block_tables`` i32 [S, B] can reach. ``work`` i32 [R, 2] lists (sequence, row); without it row s is sequence s. A
-    negative sequence is padding and skipped, an empty context gives zeros. ``scratch`` has scratch_bytes(…) bytes with
-    any content. ``counters`` i32 [counters(…)] must be zero before the first launch, are zero after each, and belong to
-    this kernel alone. Layers may share both, streams may not.
-    Raises DeviceError for shapes that do not go together.
+    ``qkv`` [S, q | k | v] in f16 or bf16 is as the projection left it, and stays so; ``out`` [S, heads · head_dim] is
+    of the same type. k and v go to the caches exactly as store_kv would put them there; ``turn``, ``norms`` and
+    ``scales`` are as it takes them. ``context_lens`` i32 [S] are what ``block_tables`` i32 [S, B] can reach at most,
+    ``positions`` i32 [S] one less each; where a length is 0 or a position negative, the row is padding and gets zeros.
+    ``scratch`` has scratch_bytes(…) bytes with any content. ``counters`` i32 [counters(…)] must be zero before the
+    first launch, are zero after each, and belong to this kernel alone. Layers may share both, streams may not.
+
+    ``fixed_split``: a row's result is the same bits in any batch and whatever the width of ``block_tables``. ``early``
+    asks for a step that begins with a kernel launched plainly, and for context_lens, positions and block_tables that no
+    kernel of the step writes: older keys are fetched before the kernel waits for the projection. ``plan`` is by default
+    what choose_plan says. Raises DeviceError for shapes that do not go together.
     """
     op = "attend_decode"
     _check(op, qkv, k_cache, v_cache, scales, out, context_lens, block_tables, spec)
-    if work is None:
-        rows = context_lens.size
-        expect(op, qkv.shape[0] >= rows, f"{rows} sequences, but qkv is {qkv}: give the list of work")
-    else:
-        expect_array(op, "work", work, ("i32",), (None, 2))
-        rows = work.shape[0]
-    reach = block_tables.shape[1] * k_cache.shape[2]
-    max_context = reach if max_context is None else max_context
-    expect(op, 1 <= max_context <= reach, f"block tables reach {reach} tokens, max_context is {max_context}")
-    if rows == 0:
+    rows, reach = context_lens.size, block_tables.shape[1] * k_cache.shape[2]
+    expect(op, qkv.shape[0] == rows, f"{rows} sequences, but qkv is {qkv}: one row for each is expected")
+    expect_array(op, "positions", positions, ("i32",), (rows,))
+    vectors = head_vectors(op, spec, turn, norms)
+    if rows == 0 or reach == 0:
         return
-    tokens = split_tokens or choose_split(spec, rows, max_context, ctx.device.sms)
-    splits = count_splits(spec, max_context, tokens)
-    parts, group = _parts(spec)
-    blocks = spec.kv_heads * parts
-    expect(op, tokens % _ROUND == 0, f"split_tokens is {tokens}, expected a multiple of {_ROUND}")
-    expect(op, splits <= MAX_SPLITS, f"{splits} splits of {tokens} tokens; at most {MAX_SPLITS} can be added up")
-    needed = partial_bytes(spec, rows, max_context, tokens)
+    device, value_bytes = ctx.device, 1 if scales else 2
+    if plan is None:
+        plan = choose_plan(spec, rows, device.sms, device.shared_limit, value_bytes, fixed=fixed_split)
+    parts, group = attention_plan.parts(spec)
+    blocks, splits = spec.kv_heads * parts, plan.splits(spec, reach)
+    expect(op, plan.least >= 16 and splits <= attention_plan.MAX_SPLITS, f"{plan} cannot be added up")
+    needed = rows * blocks * splits * attention_plan.partial_bytes(spec)
     expect(op, splits == 1 or scratch.nbytes >= needed, f"scratch is {scratch}, {needed:,} bytes are needed")
+    expect(op, scratch.ptr % 16 == 0, "scratch must begin at a multiple of 16 bytes")
     expect_array(op, "counters", counters, ("i32",), (None,))
     expect(op, counters.size >= rows * blocks, f"counters are {counters}, {rows * blocks} are needed")
-    scale, cap = _scores(spec)
+    windowed, capped = spec.window is not None, spec.softcap is not None
     ctx.launch(
         "attention_decode.cu",
         "ph_attend_decode",
-        (splits, blocks, rows),
-        _THREADS,
+        (blocks, rows, splits),
+        32 * plan.warps,
         qkv,
         k_cache,
         v_cache,
         out,
-        _NULL if work is None else work,
+        positions,
         context_lens,
         block_tables,
         scratch,
         counters,
+        *vectors,
+        *((_NULL, _NULL) if scales is None else scales),
         spec.heads,
         spec.kv_heads,
         group,
         block_tables.shape[1],
-        tokens,
+        plan.single,
+        plan.least,
+        plan.most,
         spec.window or 0,
-        scale,
-        cap,
-        *((_NULL, _NULL) if scales is None else scales),
-        macros=_spec_macros(spec, qkv, k_cache),
-    )
+        *_scores(spec),
+        *head_eps(spec),
+        shared=decode_shared_bytes(spec.head_dim, value_bytes, plan.warps, plan.stages),
+        macros=_decode_macros(
+            spec.head_dim, k_cache.shape[2], windowed, capped, qkv.dtype, k_cache.dtype,
+            head_kinds(spec), (plan.warps, plan.stages),
+        ),
+        early=early,
+    )  # fmt: skip
 
 
 def attend_prefill(
@@ -206,7 +248,9 @@ def attend_prefill(
         cap,
         *((_NULL, _NULL) if scales is None else scales),
         shared=prefill_shared_bytes(spec.head_dim),
-        macros=_spec_macros(spec, qkv, k_cache),
+        macros=_macros(
+            spec.head_dim, k_cache.shape[2], spec.window is not None, spec.softcap is not None, qkv.dtype, k_cache.dtype
+        ),
     )
 
 
@@ -223,66 +267,11 @@ def prefill_work(query_start: NDArray[np.int32], context_lens: NDArray[np.int32]
     return np.array([tile[1:] for tile in tiles], np.int32).reshape(-1, 2)
 
 
-def choose_split(spec: Attention, rows: int, max_context: int, sms: int) -> int:
-    """Tokens per decode block: two blocks for each of the device's ``sms`` where the context is long enough.
-
-    Depends only on how large things may get, so that a captured launch fits every replay.
-    """
-    parts, _ = _parts(spec)
-    wanted = -(-2 * sms // (rows * spec.kv_heads * parts))
-    wanted = max(1, min(wanted, MAX_SPLITS // 2, max(16, _COMBINED // _partial_bytes(spec))))
-    span = max_context if spec.window is None else min(max_context, spec.window)
-    return max(1, -(-span // (wanted * _ROUND))) * _ROUND
-
-
-def scratch_bytes(
-    spec: Attention, max_rows: int, sms: int, *, max_context: int | None = None, split_tokens: int | None = None
-) -> int:
-    """Bytes that suffice for attend_decode with up to ``max_rows`` rows, whatever the context.
-
-    Where ``split_tokens`` is fixed, the context needs a bound as well; DeviceError without one.
-    """
-    if split_tokens is not None and max_context is not None:
-        return partial_bytes(spec, max_rows, max_context, split_tokens)
-    expect("scratch_bytes", split_tokens is None, "split_tokens is given without max_context")
-    # Rounding and the ends of a window add at most two to the splits of each row.
-    return (2 * sms + 2 * counters(spec, max_rows)) * _partial_bytes(spec)
-
-
-def partial_bytes(spec: Attention, rows: int, max_context: int, split_tokens: int) -> int:
-    """Bytes of scratch that one attend_decode takes."""
-    return counters(spec, rows) * count_splits(spec, max_context, split_tokens) * _partial_bytes(spec)
-
-
-def count_splits(spec: Attention, max_context: int, split_tokens: int) -> int:
-    """Into how many parts of ``split_tokens`` a context may fall; a window sees those that it touches."""
-    splits = -(-max_context // split_tokens)
-    return splits if spec.window is None else min(splits, -(-(spec.window - 1) // split_tokens) + 1)
-
-
-def counters(spec: Attention, max_rows: int) -> int:
-    """How many counters suffice for attend_decode with up to ``max_rows`` rows."""
-    return max_rows * spec.kv_heads * _parts(spec)[0]
-
-
 def prefill_shared_bytes(head_dim: int) -> int:
     """Dynamic shared memory of the prefill kernel: keys, values, and above 128 components also queries."""
     padded = -(-head_dim // 16) * 16
     stride = padded if padded % 64 == 0 else padded + 8
     return (3 if padded > 128 else 2) * TILE * stride * 2
-
-
-def _parts(spec: Attention) -> tuple[int, int]:
-    """Blocks that share a KV head's query heads, and the most heads of one."""
-    per_kv = spec.heads // spec.kv_heads
-    parts = -(-per_kv // _GROUP)
-    group = -(-per_kv // parts)
-    return -(-per_kv // group), group
-
-
-def _partial_bytes(spec: Attention) -> int:
-    """Of one decode block: accumulator, maximum and sum of each head."""
-    return 4 * _parts(spec)[1] * (-(-spec.head_dim // 4) * 4 + 4)
 
 
 def _scores(spec: Attention) -> tuple[float, float]:
@@ -291,11 +280,6 @@ def _scores(spec: Attention) -> tuple[float, float]:
     if spec.softcap is None:
         return scale * math.log2(math.e), 0.0
     return 2.0 * math.log2(math.e) * scale / spec.softcap, math.log2(math.e) * spec.softcap
-
-
-def _spec_macros(spec: Attention, qkv: Array, k_cache: Array) -> Mapping[str, object]:
-    windowed, capped = spec.window is not None, spec.softcap is not None
-    return _macros(spec.head_dim, k_cache.shape[2], windowed, capped, qkv.dtype, k_cache.dtype)
 
 
 def _check(

@@ -1,4 +1,7 @@
-"""Projections of up to 32 rows, which read every weight once: launches kernels/gemv_tiles.cu and gemv_rows.cu."""
+"""Projections of up to 32 rows, which read every weight once: launches kernels/gemv_tiles.cu and gemv_rows.cu.
+
+One row alone is linear_one.py's.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,19 @@ from ..formats import FORMATS, TILE_ROWS, DenseMatrix, Matrix, QuantMatrix, form
 from ..memory import Array
 from ..variants import Variant
 from .checks import FLOATS, HALVES, expect, expect_array
+from .linear_one import fits, linear_one
 
 #: The most rows of one launch; more are done in parts.
 MOST_ROWS = 32
 
 _WARPS = 8
-_FULL_WARPS = 16  # warps per multiprocessor that suffice to keep its loads under way
-_PAIR = 2  # rows of W that a warp of ph_dense_one reads at once
-_CHUNK_ONE = 256  # columns of a warp's load in ph_dense_one
-_CHUNK_FEW = 128  # columns of a warp's turn in ph_dense_few
+_CHUNK = 128  # columns of a warp's turn in ph_dense_few
 
 
 @cache
 def _tile_macros(kind: str, token_tiles: int, act: str, out: str) -> Mapping[str, object]:
-    # Units that a warp holds or waits for, and blocks for which registers are left on a multiprocessor. With two units
-    # each of 16 warps, some 70 KB of Q4_K are under way. Where two do not fit the registers, one must do.
-    stages, blocks = {0: (2, 2), 1: (1, 2), 2: (2, 1)}.get(token_tiles, (1, 1))
-    if kind == "Q6_K" and token_tiles == 0:
-        stages = 1
+    # Units that a warp holds or waits for, and blocks for which registers are left on a multiprocessor.
+    stages, blocks = {1: (1, 2), 2: (2, 1)}.get(token_tiles, (1, 1))
     return {
         **format_of(kind).macros(),
         "PH_TOKEN_TILES": token_tiles,
@@ -41,10 +39,9 @@ def _tile_macros(kind: str, token_tiles: int, act: str, out: str) -> Mapping[str
 
 
 @cache
-def _row_macros(token_tiles: int, act: str, out: str, scalar: bool, slices: int = 1) -> Mapping[str, object]:
+def _row_macros(token_tiles: int, act: str, out: str, scalar: bool) -> Mapping[str, object]:
     return {
         "PH_TOKEN_TILES": token_tiles,
-        "PH_SLICES": slices if token_tiles == 0 else None,
         "PH_SCALAR": scalar,
         "PH_ACT_BF16": act == "bf16",
         "PH_OUT_F32": out == "f32",
@@ -52,27 +49,19 @@ def _row_macros(token_tiles: int, act: str, out: str, scalar: bool, slices: int 
 
 
 def _tiles_variant(kind: str, token_tiles: int, act: str, out: str = "f32") -> Variant:
-    kernel = "ph_linear_few" if token_tiles else "ph_linear_one"
-    macros = _tile_macros(kind, token_tiles, act, out)
-    return Variant("gemv_tiles.cu", (kernel,), macros, hot=token_tiles == 0)
+    return Variant("gemv_tiles.cu", ("ph_linear_few",), _tile_macros(kind, token_tiles, act, out))
 
 
-def _rows_variant(token_tiles: int, act: str, out: str = "f32", scalar: bool = False, slices: int = 1) -> Variant:
-    kernel = "ph_dense_few" if token_tiles else "ph_dense_one"
-    macros = _row_macros(token_tiles, act, out, scalar, slices)
-    return Variant("gemv_rows.cu", (kernel,), macros, hot=token_tiles == 0 and not scalar)
+def _rows_variant(token_tiles: int, act: str, out: str = "f32", scalar: bool = False) -> Variant:
+    return Variant("gemv_rows.cu", ("ph_dense_few",), _row_macros(token_tiles, act, out, scalar))
 
 
 VARIANTS = (
-    *(_tiles_variant(kind, 0, "f16") for kind in FORMATS),
-    *(_tiles_variant(kind, 0, "bf16", "bf16") for kind in ("Q3_K", "Q4_K", "Q8_0", "IQ4_XS")),
-    *(_tiles_variant(kind, 1, "f16") for kind in ("Q4_K", "Q6_K", "Q8_0")),
+    *(_tiles_variant(kind, 1, "f16") for kind in FORMATS),
+    *(_tiles_variant(kind, 1, "bf16", "bf16") for kind in ("Q3_K", "Q4_K", "Q8_0", "IQ4_XS")),
     *(_tiles_variant("Q4_K", token_tiles, "f16") for token_tiles in (2, 3, 4)),
-    *(_rows_variant(0, "f16", slices=slices) for slices in (1, 4)),
     *(_rows_variant(token_tiles, "f16") for token_tiles in (1, 4)),
-    _rows_variant(0, "bf16", "bf16"),
     _rows_variant(1, "bf16", "bf16"),
-    _rows_variant(0, "f16", scalar=True),
     _rows_variant(1, "f16", scalar=True),
 )
 
@@ -96,6 +85,9 @@ def linear_few(
     result is bit-equal whatever rows stand beside it; ``invariant`` has a single row computed in the same way, which
     is slower. Raises DeviceError naming shapes that do not go together.
     """
+    if x.shape[0] == 1 and not invariant and x.ptr % 16 == 0 and fits(ctx.device, w):
+        linear_one(ctx, x, w, out, out_column, bias=bias, accumulate=accumulate, scale=scale)
+        return
     expect_array("linear_few", "x", x, HALVES, (None, w.cols))
     expect_array("linear_few", "out", out, FLOATS, (x.shape[0], None))
     width = out.shape[1]
@@ -111,9 +103,8 @@ def linear_few(
     for start in range(0, x.shape[0], MOST_ROWS):
         part = x.slice_rows(start, min(start + MOST_ROWS, x.shape[0]))
         target = Array(out.ptr + (start * width + out_column) * out.itemsize, (part.shape[0], width), out.dtype)
-        single = part.shape[0] == 1 and not invariant
         tail = (np.uint64(0) if bias is None else bias, scale, accumulate)
-        run(ctx, part, w, target, 0 if single else -(-part.shape[0] // 8), tail)
+        run(ctx, part, w, target, -(-part.shape[0] // 8), tail)
 
 
 def _tiles(ctx: Context, x: Array, w: Matrix, out: Array, token_tiles: int, tail: tuple[object, object, bool]) -> None:
@@ -121,42 +112,17 @@ def _tiles(ctx: Context, x: Array, w: Matrix, out: Array, token_tiles: int, tail
     bias, scale, accumulate = tail
     # As many warps whatever the number of tokens: the order of a sum must not depend on it.
     block = 32 * min(_WARPS, units(w.cols))
-    stride = np.int64(w.data.shape[1])
+    stride, ld = np.int64(w.data.shape[1]), np.int64(out.shape[1])
     macros = _tile_macros(w.kind, token_tiles, x.dtype, out.dtype)
-    common = (w.data, x, out, bias)
-    if token_tiles == 0:
-        one = (*common, w.rows, w.cols, stride, scale, accumulate)
-        ctx.launch("gemv_tiles.cu", "ph_linear_one", tiles(w.rows), block, *one, macros=macros)
-    else:
-        few = (*common, x.shape[0], w.rows, w.cols, stride, np.int64(out.shape[1]), scale, accumulate)
-        ctx.launch("gemv_tiles.cu", "ph_linear_few", tiles(w.rows), block, *few, macros=macros)
+    args = (w.data, x, out, bias, x.shape[0], w.rows, w.cols, stride, ld, scale, accumulate)
+    ctx.launch("gemv_tiles.cu", "ph_linear_few", tiles(w.rows), block, *args, macros=macros, early=True)
 
 
 def _rows(ctx: Context, x: Array, w: Matrix, out: Array, token_tiles: int, tail: tuple[object, object, bool]) -> None:
     assert isinstance(w, DenseMatrix)
     bias, scale, accumulate = tail
     scalar = w.cols % 8 != 0 or w.data.ptr % 16 != 0 or x.ptr % 16 != 0
-    common = (w.data, x, out, bias)
-    if token_tiles == 0:
-        slices = _slices(ctx, w)
-        macros = _row_macros(0, x.dtype, out.dtype, scalar, slices)
-        grid = -(-w.rows // (_PAIR * _WARPS // slices))
-        one = (*common, w.rows, w.cols, scale, accumulate)
-        ctx.launch("gemv_rows.cu", "ph_dense_one", grid, 32 * _WARPS, *one, macros=macros)
-    else:
-        macros = _row_macros(token_tiles, x.dtype, out.dtype, scalar)
-        block = 32 * min(_WARPS, -(-w.cols // _CHUNK_FEW))
-        few = (*common, x.shape[0], w.rows, w.cols, np.int64(out.shape[1]), scale, accumulate)
-        ctx.launch("gemv_rows.cu", "ph_dense_few", -(-w.rows // TILE_ROWS), block, *few, macros=macros)
-
-
-def _slices(ctx: Context, w: DenseMatrix) -> int:
-    """Warps that share a pair of rows: more where there are few rows, as long as each has two loads to make."""
-    slices = 1
-    while (
-        slices < _WARPS
-        and -(-w.rows // _PAIR) * slices < _FULL_WARPS * ctx.device.sms
-        and w.cols >= 4 * slices * _CHUNK_ONE
-    ):
-        slices *= 2
-    return slices
+    macros = _row_macros(token_tiles, x.dtype, out.dtype, scalar)
+    block = 32 * min(_WARPS, -(-w.cols // _CHUNK))
+    args = (w.data, x, out, bias, x.shape[0], w.rows, w.cols, np.int64(out.shape[1]), scale, accumulate)
+    ctx.launch("gemv_rows.cu", "ph_dense_few", -(-w.rows // TILE_ROWS), block, *args, macros=macros, early=True)

@@ -94,4 +94,5 @@ def normalise(
         np.int64(strides[1]),
         norm.eps,
         macros=_macros(isinstance(norm, LayerNorm), bias is not None, x.dtype, out.dtype, vector, items),
+        early=True,
     )

@@ -7,20 +7,17 @@ from functools import cache
 
 import numpy as np
 
-from ....arch import Attention, LayerNorm, Norm
+from ....arch import Attention
 from ..context import Context
 from ..memory import Array
 from ..variants import Variant
 from .checks import BYTES, HALVES, Scales, expect, expect_array, expect_cache
+from .heads import HeadNorm as HeadNorm
+from .heads import Turn as Turn
+from .heads import head_eps, head_kinds, head_macros, head_vectors
 
 _WARPS = 4
 _NULL = np.uint64(0)
-
-
-#: A norm over each head with its weight and bias, f32 [head_dim].
-HeadNorm = tuple[Norm, Array, Array | None]
-#: The rotation's tables, cos and sin: f32 [context, rope.dim / 2] each.
-Turn = tuple[Array, Array]
 
 
 @cache
@@ -30,10 +27,7 @@ def _macros(
     return {
         "PH_HEAD_DIM": head_dim,
         "PH_BLOCK_SIZE": block_size,
-        "PH_ROPE_PAIRS": pairs,
-        "PH_INTERLEAVED": interleaved,
-        "PH_Q_NORM": q_norm,
-        "PH_K_NORM": k_norm,
+        **head_macros(pairs, interleaved, q_norm, k_norm),
         "PH_ACT_BF16": dtype == "bf16",
         "PH_KV_BF16": kv_dtype == "bf16",
         "PH_KV_FP8": kv_dtype == BYTES,
@@ -87,15 +81,7 @@ def store_kv(
     expect_array(op, "positions", positions, ("i32",), (rows,))
     expect_array(op, "sequences", sequences, ("i32",), (rows,))
     expect_array(op, "block_tables", block_tables, ("i32",), (None, None))
-    pairs, interleaved = _pairs(spec, turn)
-    weights: list[Array | np.uint64] = []
-    expect(op, len(norms) == 2, f"{len(norms)} norms, expected those of q and k")
-    for name, norm, given in zip(("q_norm", "k_norm"), (spec.q_norm, spec.k_norm), norms, strict=True):
-        expect(op, norm == (given and given[0]), f"{name} differs between spec and arguments")
-        for vector in given[1:] if given else (None, None):
-            if vector is not None:
-                expect_array(op, name, vector, ("f32",), (dim,))
-            weights.append(_NULL if vector is None else vector)
+    vectors = head_vectors(op, spec, turn, norms)
     if rows == 0:
         return
     ctx.launch(
@@ -109,31 +95,12 @@ def store_kv(
         positions,
         sequences,
         block_tables,
-        *((_NULL, _NULL) if turn is None else turn),
-        *weights,
+        *vectors,
         spec.heads,
         spec.kv_heads,
         block_tables.shape[1],
-        0.0 if spec.q_norm is None else spec.q_norm.eps,
-        0.0 if spec.k_norm is None else spec.k_norm.eps,
+        *head_eps(spec),
         *((_NULL, _NULL) if scales is None else scales),
-        macros=_macros(
-            dim, k_cache.shape[2], pairs, interleaved, _kind(spec.q_norm), _kind(spec.k_norm), qkv.dtype, k_cache.dtype
-        ),
+        macros=_macros(dim, k_cache.shape[2], *head_kinds(spec), qkv.dtype, k_cache.dtype),
+        early=True,
     )
-
-
-def _pairs(spec: Attention, turn: Turn | None) -> tuple[int, bool]:
-    rope = spec.rope
-    expect("store_kv", (rope is None) == (turn is None), "rope is in only one of spec and arguments")
-    if rope is None or turn is None:
-        return 0, False
-    pairs = rope.dim // 2
-    cos, sin = turn
-    expect_array("store_kv", "cos", cos, ("f32",), (None, pairs))
-    expect_array("store_kv", "sin", sin, ("f32",), cos.shape)
-    return pairs, rope.pairing == "interleaved"
-
-
-def _kind(norm: Norm | None) -> int:
-    return 0 if norm is None else 2 if isinstance(norm, LayerNorm) else 1

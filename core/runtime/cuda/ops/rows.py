@@ -13,7 +13,7 @@ from ..variants import Variant
 from .checks import FLOATS, expect, expect_array
 
 _THREADS = 256
-_KERNELS = ("ph_gather", "ph_convert", "ph_add", "ph_finish", "ph_advance")
+_KERNELS = ("ph_gather", "ph_convert", "ph_add", "ph_finish")
 
 
 @cache
@@ -45,7 +45,7 @@ def gather(ctx: Context, src: Array, rows: Array, out: Array) -> None:
     if out.size:
         grid = (rows.size, _blocks(src.shape[1]), 1)
         macros = _macros(src.dtype, out.dtype)
-        ctx.launch("rows.cu", "ph_gather", grid, _THREADS, src, rows, out, src.shape[1], macros=macros)
+        ctx.launch("rows.cu", "ph_gather", grid, _THREADS, src, rows, out, src.shape[1], macros=macros, early=True)
 
 
 def add(ctx: Context, src: Array, dst: Array, scale: float = 1.0) -> None:
@@ -55,7 +55,18 @@ def add(ctx: Context, src: Array, dst: Array, scale: float = 1.0) -> None:
     expect("add", {src.dtype, dst.dtype} != {"f16", "bf16"}, f"src is {src}, dst {dst}: f16 and bf16 do not mix")
     if dst.size:
         macros = _macros(src.dtype, dst.dtype)
-        ctx.launch("rows.cu", "ph_add", _blocks(dst.size), _THREADS, src, dst, np.int64(dst.size), scale, macros=macros)
+        ctx.launch(
+            "rows.cu",
+            "ph_add",
+            _blocks(dst.size),
+            _THREADS,
+            src,
+            dst,
+            np.int64(dst.size),
+            scale,
+            macros=macros,
+            early=True,
+        )
 
 
 def convert(ctx: Context, src: Array, dst: Array) -> None:
@@ -65,7 +76,17 @@ def convert(ctx: Context, src: Array, dst: Array) -> None:
     expect("convert", {src.dtype, dst.dtype} != {"f16", "bf16"}, f"src is {src}, dst {dst}: f16 and bf16 do not mix")
     if dst.size:
         macros = _macros(src.dtype, dst.dtype)
-        ctx.launch("rows.cu", "ph_convert", _blocks(dst.size), _THREADS, src, dst, np.int64(dst.size), macros=macros)
+        ctx.launch(
+            "rows.cu",
+            "ph_convert",
+            _blocks(dst.size),
+            _THREADS,
+            src,
+            dst,
+            np.int64(dst.size),
+            macros=macros,
+            early=True,
+        )
 
 
 def finish(ctx: Context, logits: Array, scale: float, softcap: float | None) -> None:
@@ -75,18 +96,6 @@ def finish(ctx: Context, logits: Array, scale: float, softcap: float | None) -> 
         macros = _macros("f32", "f32", softcap is not None)
         cap = 1.0 if softcap is None else softcap
         size = np.int64(logits.size)
-        ctx.launch("rows.cu", "ph_finish", _blocks(logits.size), _THREADS, logits, size, scale, cap, macros=macros)
-
-
-def advance(ctx: Context, tokens: Array, positions: Array, context_lens: Array, sampled: Array) -> None:
-    """A decode loop's next step, all i32 [S]: tokens = sampled, positions += 1, context_lens += 1.
-
-    Sequences with a negative position or no context are padding and stay so.
-    """
-    sequences = tokens.size
-    for name, array in (("tokens", tokens), ("positions", positions), ("context_lens", context_lens)):
-        expect_array("advance", name, array, ("i32",), (sequences,))
-    expect_array("advance", "sampled", sampled, ("i32",), (sequences,))
-    if sequences:
-        args = (tokens, positions, context_lens, sampled, sequences)
-        ctx.launch("rows.cu", "ph_advance", _blocks(sequences), _THREADS, *args, macros=_macros("f32", "f32"))
+        ctx.launch(
+            "rows.cu", "ph_finish", _blocks(logits.size), _THREADS, logits, size, scale, cap, macros=macros, early=True
+        )

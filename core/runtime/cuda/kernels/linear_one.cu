@@ -1,0 +1,402 @@
+// out = x W^T for one row of x, which may be normed on the way in and activated on the way out. Bound by reading W once.
+//
+// A block owns a run of whole tiles, and its warps share the tiles' units out among themselves in one long row: each
+// warp walks through its part of it without a pause, whatever tiles it crosses, while a ring in shared memory takes in
+// the units that follow. So loads are always under way, and the block meets once, at the end, to add up in the order of
+// the warps. The ring is filled before the kernel before this one has finished: weights do not depend on it.
+//
+// A tile is 16 rows as formats.cuh has them or, with PH_DENSE, PH_TILE_ROWS rows as they are; a unit is a tile's next 256
+// columns. With quantised tiles, seven of the tensor core's eight columns would be idle with one row of x. So column j is
+// given group j's activations: a product of group j's weights is right in column j, and that is the one that is kept. A
+// lane then holds the sums of groups 2t and 2t + 1, just those whose scales it loaded.
+//
+// Macros: PH_WARPS; PH_RING, units of a warp under way; PH_NORM (0: x is act_t, 1: x is float32 and gets an RMSNorm, 2: a
+// LayerNorm) with PH_ITEMS, 4 values each, per thread; PH_ACTIVATED with a macro of activate.cuh; PH_GATED: tile i of the
+// second half of W is what tile i's activation is multiplied with.
+
+#include "prelude.cuh"
+#ifndef PH_DENSE
+#include "formats.cuh"
+#endif
+#include "linear.cuh"
+#ifdef PH_ACTIVATED
+#include "activate.cuh"
+#endif
+
+// Blocks that registers must leave room for; bytes to bfloat16 take more of them.
+#if defined(PH_ACT_BF16) && !defined(PH_DENSE)
+constexpr int BLOCKS = PH_LOW_BITS == 8 ? 1 : 2;
+#else
+constexpr int BLOCKS = 2;
+#endif
+constexpr int WARPS = PH_WARPS, RING = PH_RING, THREADS = 32 * WARPS;
+#ifdef PH_GATED
+constexpr int PARTNERS = 2;
+#else
+constexpr int PARTNERS = 1;
+#endif
+
+#ifdef PH_DENSE
+
+constexpr int ROWS = PH_TILE_ROWS;  // of a tile
+constexpr int SLOT = 512 * ROWS;    // bytes of a unit
+
+// Where a warp's loads go on: in the row of units of its block's tiles. A lane copies what it will read, 8 columns of each
+// row; columns beyond the end become zeros.
+struct Source {
+  const u8* base;  // the tile's first row, at the lane's columns of the first unit
+  int tile, rows, cols;
+  i64 tile_bytes;  // nothing here
+
+  __device__ __forceinline__ void to_tile(const u8* weights, int index, int lane) {
+    tile = index;
+    base = weights + 2 * ((i64)tile * ROWS * cols + 8 * lane);
+  }
+  __device__ __forceinline__ void fetch(u8* slot, int unit, int lane) const {
+    const bool inside = 256 * unit + 8 * lane < cols;
+    const u8* from = base + 512 * (i64)unit;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const bool exists = inside && tile * ROWS + r < rows;
+      ph_cp_async16(slot + 512 * r + 16 * lane, exists ? from + 2 * (i64)r * cols : base, exists);
+    }
+  }
+};
+
+struct Sums {
+  float row[ROWS];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) row[r] = 0.0f;
+  }
+
+  static __device__ __forceinline__ void unpack(const uint4& v, float (&f)[8]) {
+    const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = ph_to_float2(ph_bits_act2(words[i]));
+      f[2 * i] = pair.x, f[2 * i + 1] = pair.y;
+    }
+  }
+
+  // `refill` is called once the slot's content is in registers.
+  template <typename Refill>
+  __device__ __forceinline__ void add(const u8* slot, const uint4& x, int, int lane, int, Refill refill) {
+    uint4 packed[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) packed[r] = *reinterpret_cast<const uint4*>(slot + 512 * r + 16 * lane);
+    float xs[8];
+    unpack(x, xs);
+    refill();
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      float ws[8];
+      unpack(packed[r], ws);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) row[r] = fmaf(ws[e], xs[e], row[r]);
+    }
+  }
+
+  __device__ __forceinline__ void store(float* part, int lane) const {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const float sum = ph_warp_sum(row[r]);
+      if (lane == r) part[r] = sum;
+    }
+  }
+};
+
+#else
+
+constexpr int ROWS = 16;
+constexpr int SLOT = PH_UNIT_BYTES;
+
+// Where a warp's loads go on: in the row of units of its block's tiles. The warp copies a unit as it lies.
+struct Source {
+  const u8* base;  // the tile's first unit, at the lane's first bytes
+  int tile, rows, cols;
+  i64 tile_bytes;
+
+  __device__ __forceinline__ void to_tile(const u8* weights, int index, int lane) {
+    base = weights + index * tile_bytes + 16 * lane;
+  }
+  __device__ __forceinline__ void fetch(u8* slot, int unit, int lane) const {
+    const u8* from = base + (i64)unit * SLOT;
+    // Where blocks are smaller than a unit, a tile's last unit may be shorter.
+    const int bytes = PH_BLOCK == 256 ? SLOT : (int)min((i64)SLOT, tile_bytes - (i64)unit * SLOT);
+#pragma unroll
+    for (int i = 0; i < ph_div_up(SLOT, 512); ++i)
+      if ((PH_BLOCK == 256 && 512 * (i + 1) <= SLOT) || 512 * i + 16 * lane < bytes)
+        ph_cp_async16(slot + 512 * i + 16 * lane, from + 512 * i);
+  }
+};
+
+struct Sums {
+  float row[2];  // g and g + 8
+
+  __device__ __forceinline__ void clear() { row[0] = row[1] = 0.0f; }
+
+  template <typename Refill>
+  __device__ __forceinline__ void add(const u8* slot, const uint4& x, int unit, int lane, int cols, Refill refill) {
+    const int t = lane & 3;
+    Unit q;
+    load_unit<FromShared>(q, slot, lane, vectors_in(unit, cols));
+    const u32 b[2][2] = {{x.x, x.y}, {x.z, x.w}};
+    __syncwarp();
+    refill();
+
+    float v[2][2][PARTS] = {};
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+      for (int p = 0; p < PARTS; ++p) {
+        float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        u32 a[4];
+        fragment(q, 2 * j + p, a);
+        ph_mma(d, a, b[p]);
+        if (PARTS == 1) {
+          fragment(q, 2 * j + 1, a);
+          ph_mma(d, a, b[1]);
+        }
+        if (t == j >> 1) v[0][j & 1][p] = d[j & 1], v[1][j & 1][p] = d[2 + (j & 1)];
+      }
+    float sum[PARTS][2] = {};  // of the activations in columns 2t and 2t + 1
+    if (NEEDS_SUMS) {
+      const u32 ones[4] = {ONES, ONES, ONES, ONES};
+#pragma unroll
+      for (int p = 0; p < PARTS; ++p) {
+        float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        ph_mma(d, ones, b[p]);
+        if (PARTS == 1) ph_mma(d, ones, b[1]);
+        sum[p][0] = d[0], sum[p][1] = d[1];
+      }
+    }
+    Scales scales;
+    read_scales(q, scales);
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+#pragma unroll
+        for (int p = 0; p < PARTS; ++p) {
+          if (BIAS[h] != 0.0f) v[h][c][p] = fmaf(-BIAS[h], sum[p][c], v[h][c][p]);
+          row[h] = fmaf(scales.scale[h][c][p], v[h][c][p], row[h]);
+          if (PH_HAS_MIN) row[h] = fmaf(-scales.minimum[h][c][p], sum[p][c], row[h]);
+        }
+  }
+
+  __device__ __forceinline__ void store(float* part, int lane) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float sum = ph_warp_sum<4>(row[h]);
+      if ((lane & 3) == 0) part[(lane >> 2) + 8 * h] = sum;
+    }
+  }
+};
+
+#endif
+
+// ---- a lane's 8 values of a unit's x, in the order in which they are multiplied; zeros beyond the columns
+
+// The first of them, and how far from it the other four are.
+__device__ __forceinline__ int lane_column(int lane) {
+#if !defined(PH_DENSE) && PH_GROUP == 16
+  return 32 * (lane >> 2) + 4 * (lane & 3);
+#else
+  return 8 * lane;
+#endif
+}
+#if !defined(PH_DENSE) && PH_GROUP == 16
+constexpr int HALVES_APART = 16;
+#else
+constexpr int HALVES_APART = 4;
+#endif
+
+#if PH_NORM == 0 && !defined(PH_DENSE)
+
+// From memory: the 16 rows of a tile share it. Kernels before this one have written it, while this one ran perhaps: so it must not come out of L1.
+__device__ __forceinline__ uint4 values(const void* x, int unit, int lane, int cols) {
+  const int column = 256 * unit + lane_column(lane);
+  const act_t* at = reinterpret_cast<const act_t*>(x) + column;
+  if (column >= cols) return make_uint4(0, 0, 0, 0);
+  if (HALVES_APART == 4) return __ldcg(reinterpret_cast<const uint4*>(at));
+  const uint2 low = __ldcg(reinterpret_cast<const uint2*>(at));
+  const uint2 high = __ldcg(reinterpret_cast<const uint2*>(at + HALVES_APART));
+  return make_uint4(low.x, low.y, high.x, high.y);
+}
+
+#else
+
+// From shared memory, where take_in() has put it.
+__device__ __forceinline__ uint4 values(const void* x, int unit, int lane, int) {
+  const act_t* at = reinterpret_cast<const act_t*>(x) + 256 * unit + lane_column(lane);
+  if (HALVES_APART == 4) return *reinterpret_cast<const uint4*>(at);
+  const uint2 low = *reinterpret_cast<const uint2*>(at);
+  const uint2 high = *reinterpret_cast<const uint2*>(at + HALVES_APART);
+  return make_uint4(low.x, low.y, high.x, high.y);
+}
+
+#if PH_NORM == 0
+
+// x in shared memory, zeros up to a multiple of 256.
+__device__ __forceinline__ void take_in(act_t* xs, const void* from, const float*, const float*, int cols, float, float*) {
+  ph_wait_for_inputs();
+  const int loads = cols / 8, room = 32 * ph_div_up(cols, 256);
+#pragma unroll 8
+  for (int i = threadIdx.x; i < room; i += THREADS)
+    reinterpret_cast<uint4*>(xs)[i] = i < loads ? __ldcg(reinterpret_cast<const uint4*>(from) + i) : make_uint4(0, 0, 0, 0);
+}
+
+#else
+
+// The norm of x as act_t in shared memory, zeros up to a multiple of 256.
+__device__ __forceinline__ void take_in(act_t* xs, const void* from, const float* weight, const float* bias, int cols,
+                                        float eps, float* scratch) {
+  const float4* w4 = reinterpret_cast<const float4*>(weight);
+  const float4* b4 = reinterpret_cast<const float4*>(bias);
+  const int loads = cols / 4, room = 64 * ph_div_up(cols, 256);
+  const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  float4 w[PH_ITEMS], x[PH_ITEMS];
+#pragma unroll
+  for (int i = 0; i < PH_ITEMS; ++i) {
+    const int at = i * THREADS + threadIdx.x;
+    w[i] = at < loads ? w4[at] : zero;
+  }
+  ph_wait_for_inputs();
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < PH_ITEMS; ++i) {
+    const int at = i * THREADS + threadIdx.x;
+    x[i] = at < loads ? __ldcg(reinterpret_cast<const float4*>(from) + at) : zero;
+#if PH_NORM == 2
+    sum += x[i].x + x[i].y + x[i].z + x[i].w;
+#else
+    sum += x[i].x * x[i].x + x[i].y * x[i].y + x[i].z * x[i].z + x[i].w * x[i].w;
+#endif
+  }
+  sum = ph_block_sum(sum, scratch);
+#if PH_NORM == 2
+  const float mean = sum / (float)cols;
+  sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < PH_ITEMS; ++i) {
+    x[i] = make_float4(x[i].x - mean, x[i].y - mean, x[i].z - mean, x[i].w - mean);
+    if (i * THREADS + threadIdx.x < loads)
+      sum += x[i].x * x[i].x + x[i].y * x[i].y + x[i].z * x[i].z + x[i].w * x[i].w;
+  }
+  sum = ph_block_sum(sum, scratch);
+#endif
+  const float inverse = 1.0f / sqrtf(sum / (float)cols + eps);
+#pragma unroll
+  for (int i = 0; i < PH_ITEMS; ++i) {
+    const int at = i * THREADS + threadIdx.x;
+    if (at >= room) continue;
+    const float4 b = bias != nullptr && at < loads ? b4[at] : zero;  // beyond the columns w is zero
+    const uint2 pair = make_uint2(
+        ph_act2_bits(ph_to_act2(x[i].x * inverse * w[i].x + b.x, x[i].y * inverse * w[i].y + b.y)),
+        ph_act2_bits(ph_to_act2(x[i].z * inverse * w[i].z + b.z, x[i].w * inverse * w[i].w + b.w)));
+    reinterpret_cast<uint2*>(xs)[at] = pair;
+  }
+}
+
+#endif
+#endif
+
+// Grid: blocks, each with as many tiles as the next, or one more. `bias` and `norm_bias` may be null. `x` is act_t or,
+// where it is normed, float32. Shared memory: the ring, 32 floats, partial sums of (warp + tile) x ROWS, x if it is staged.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    ph_linear_one(const u8* weights, const void* x, out_t* out, const float* bias, const float* norm_weight,
+                  const float* norm_bias, int rows, int cols, i64 tile_bytes, float eps, float scale, int accumulate) {
+  extern __shared__ uint4 dynamic[];
+  u8* shared = reinterpret_cast<u8*>(dynamic);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, units = ph_div_up(cols, 256);
+  float* scratch = reinterpret_cast<float*>(shared + WARPS * RING * SLOT);
+  float* parts = scratch + 32;
+
+  const int own_rows = rows / PARTNERS, items = ph_div_up(own_rows, ROWS);
+  const int first = (int)((i64)blockIdx.x * items / gridDim.x);
+  const int count = (int)((i64)(blockIdx.x + 1) * items / gridDim.x) - first;
+  const int total = count * PARTNERS * units;  // units of the block, tile after tile; partners are neighbours
+  const int begin = warp * total / WARPS, end = (warp + 1) * total / WARPS;
+  u8* ring = shared + warp * RING * SLOT;
+
+  // Of the loads, ahead of the sums by the length of the ring.
+  Source source = {nullptr, 0, rows, cols, tile_bytes};
+  int next_unit = begin % units, next_tile = begin / units;
+  auto to_tile = [&] { source.to_tile(weights, first + next_tile / PARTNERS + next_tile % PARTNERS * items, lane); };
+  auto fetch_next = [&](int into) {
+    source.fetch(ring + into * SLOT, next_unit, lane);
+    if (++next_unit == units) {
+      next_unit = 0, ++next_tile;
+      to_tile();
+    }
+  };
+  to_tile();
+#pragma unroll
+  for (int i = 0; i < RING; ++i) {
+    if (begin + i < end) fetch_next(i);
+    ph_cp_async_commit();  // one group each time, so that the waits can count
+  }
+#if PH_NORM == 0 && !defined(PH_DENSE)
+  ph_wait_for_inputs();
+#else
+  act_t* xs = reinterpret_cast<act_t*>(parts + (WARPS + count * PARTNERS + 1) / 2 * 2 * ROWS);
+  take_in(xs, x, norm_weight, norm_bias, cols, eps, scratch);
+  x = xs;
+  __syncthreads();
+#endif
+  ph_let_next_begin();
+
+  Sums sums;
+  sums.clear();
+  int unit = begin % units, tile = begin / units, slot = 0;
+  uint4 next_x = values(x, unit, lane, cols);  // one unit ahead
+  auto add_next = [&](int n, bool refill) {
+    const uint4 own_x = next_x;
+    next_x = values(x, unit + 1 == units ? 0 : unit + 1, lane, cols);
+    ph_cp_async_wait<RING - 1>();
+    __syncwarp();
+    sums.add(ring + slot * SLOT, own_x, unit, lane, cols, [&] {
+      if (refill) fetch_next(slot);
+      ph_cp_async_commit();
+    });
+    slot = slot + 1 == RING ? 0 : slot + 1;
+    if (++unit == units || n + 1 == end) {
+      // (warp, tile) runs along a staircase, so that warp + tile is a place of its own
+      sums.store(parts + (warp + tile) * ROWS, lane);
+      sums.clear();
+      unit = 0, ++tile;
+    }
+  };
+  int n = begin;
+  for (; n < end - RING; ++n) add_next(n, true);
+  for (; n < end; ++n) add_next(n, false);
+  __syncthreads();
+
+  [[maybe_unused]] const Store store{out, bias, scale, accumulate};
+  for (int i = threadIdx.x; i < count * ROWS; i += THREADS) {
+    float value[PARTNERS];
+#pragma unroll
+    for (int p = 0; p < PARTNERS; ++p) {
+      const int tile = i / ROWS * PARTNERS + p;
+      value[p] = 0.0f;
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) {
+        const int from = max(w * total / WARPS, tile * units), to = min((w + 1) * total / WARPS, (tile + 1) * units);
+        if (from < to) value[p] += parts[(w + tile) * ROWS + i % ROWS];
+      }
+    }
+    const int row = first * ROWS + i;
+    if (row >= own_rows) continue;
+#if defined(PH_GATED)
+    if (bias != nullptr) value[0] += bias[row], value[1] += bias[own_rows + row];
+    out[row] = ph_from_float<out_t>(activate(value[0]) * value[1]);
+#elif defined(PH_ACTIVATED)
+    if (bias != nullptr) value[0] += bias[row];
+    out[row] = ph_from_float<out_t>(activate(value[0]));
+#else
+    store(row, row, value[0]);
+#endif
+  }
+}

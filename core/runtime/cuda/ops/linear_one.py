@@ -1,0 +1,166 @@
+"""A projection of one row, with the norm before it and the activation after it: launches kernels/linear_one.cu."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+
+import numpy as np
+
+from ....arch import Activation, LayerNorm
+from ..context import Context
+from ..device import CudaDevice
+from ..formats import FORMATS, TILE_ROWS, DenseMatrix, Matrix, QuantMatrix, format_of, units
+from ..memory import Array
+from ..variants import Variant
+from .checks import FLOATS, HALVES, expect, expect_array
+from .rope import HeadNorm
+
+_NULL = np.uint64(0)
+#: Dense weights take the same instructions for fewer bytes, so it is more warps that keep the loads coming.
+_DENSE_WARPS, _TILE_WARPS = 16, 8
+_AHEAD = 16 << 10  # bytes of a warp under way, or more by less than a unit
+_MOST_RING = 8
+_LEAST_RING = 2
+_MOST_ITEMS = 8  # values of a norm that a thread holds, in fours
+_MOST_TILES = 128  # of a block: their sums are kept until the end
+_FEW_TILES = 8  # of a block: with fewer, smaller tiles share the work out more evenly
+
+
+@cache
+def _macros(
+    kind: str, act: str, out: str, ring: int, norm: int, items: int, activation: str | None, gated: bool, rows: int
+) -> Mapping[str, object]:
+    return {
+        **({"PH_DENSE": True, "PH_TILE_ROWS": rows} if kind in HALVES else format_of(kind).macros()),
+        "PH_WARPS": _warps(kind in HALVES),
+        "PH_RING": ring,
+        "PH_NORM": norm,
+        "PH_ITEMS": items if norm else None,
+        "PH_ACTIVATED": activation is not None,
+        **({f"PH_{activation.upper()}": True} if activation else {}),
+        "PH_GATED": gated,
+        "PH_ACT_BF16": act == "bf16",
+        "PH_OUT_F32": out == "f32",
+    }
+
+
+def _variant(
+    kind: str, act: str, out: str, norm: int = 0, activation: str | None = None, gated: bool = False
+) -> Variant:
+    ring, rows = 4, 4 if kind in HALVES else TILE_ROWS
+    macros = _macros(kind, act, out, ring, norm, 4, activation, gated, rows)
+    return Variant("linear_one.cu", ("ph_linear_one",), macros, hot=True)
+
+
+VARIANTS = (
+    *(_variant(kind, "f16", "f32") for kind in (*FORMATS, "f16")),
+    *(_variant(kind, "f16", "f16", 1, "silu", True) for kind in ("Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "f16")),
+    *(_variant(kind, "bf16", "bf16", 1) for kind in ("Q3_K", "Q4_K", "Q8_0", "IQ4_XS", "bf16")),
+    *(_variant(kind, "f16", "f16", 2, "gelu_tanh") for kind in ("Q4_K", "f16")),
+)
+
+
+def fits(device: CudaDevice, w: Matrix, *, normed: bool = False, gated: bool = False) -> bool:
+    """Whether ``linear_one`` can do it: aligned columns, room in shared memory, halves that end at a tile's end."""
+    if isinstance(w, DenseMatrix) and (w.cols % 8 or w.data.ptr % 16):
+        return False
+    if normed and w.cols > 4 * _MOST_ITEMS * 32 * _warps(isinstance(w, DenseMatrix)):
+        return False
+    if gated and w.rows % (2 * TILE_ROWS):
+        return False
+    return _shape(device, w, normed, gated)[1] >= _LEAST_RING
+
+
+def linear_one(
+    ctx: Context,
+    x: Array,
+    w: Matrix,
+    out: Array,
+    column: int = 0,
+    *,
+    bias: Array | None = None,
+    accumulate: bool = False,
+    scale: float = 1.0,
+    norm: HeadNorm | None = None,
+    activation: Activation | None = None,
+    gated: bool = False,
+    act: str = "f16",
+) -> None:
+    """out[0, column:column + N] = scale · (norm(x) wᵀ + bias), added to what is there if ``accumulate``.
+
+    ``x`` [1, K] is f16 or bf16, or float32 if there is a ``norm`` (with its weight and bias, f32 [K]), which rounds to
+    ``act``. With an ``activation``: that of norm(x) wᵀ + bias or, where ``gated``, of the first half of its columns,
+    times the second half: N / 2 values. ``w`` [N, K]; ``out`` f16, bf16 or f32. Bit-equal from run to run on a GPU.
+    Raises DeviceError naming shapes that do not go together, or that ``fits`` says no to.
+    """
+    op = "linear_one"
+    expect_array(op, "x", x, ("f32",) if norm else HALVES, (1, w.cols))
+    expect_array(op, "out", out, FLOATS, (1, None))
+    own = w.rows // 2 if gated else w.rows
+    expect(op, 0 <= column <= out.shape[1] - own, f"{own} columns from {column} on are not in {out}")
+    expect(op, x.ptr % 16 == 0, f"x {x} is not aligned to 16 bytes")
+    expect(op, activation is None or not (accumulate or scale != 1.0), "an activation is neither scaled nor added")
+    expect(op, activation is not None or not gated, "a gate needs an activation")
+    act = act if norm else x.dtype
+    expect(op, isinstance(w, QuantMatrix) or w.data.dtype == act, f"the weights are {w}, but x {x} ({act})")
+    expect(op, out.dtype in ("f32", act), f"out is {out}, but x {x}")
+    expect(op, fits(ctx.device, w, normed=norm is not None, gated=gated), f"{w} does not fit the kernel")
+    for name, vector, size in (("bias", bias, w.rows), *_vectors(norm, w.cols)):
+        if vector is not None:
+            expect_array(op, name, vector, ("f32",), (size,))
+    grid, ring, rows, shared = _shape(ctx.device, w, norm is not None, gated)
+    kind, tile_bytes = (w.data.dtype, 0) if isinstance(w, DenseMatrix) else (w.kind, w.data.shape[1])
+    normed = 0 if norm is None else 2 if isinstance(norm[0], LayerNorm) else 1
+    threads = 32 * _warps(isinstance(w, DenseMatrix))
+    items = -(-w.cols // (4 * threads))
+    ctx.launch(
+        "linear_one.cu",
+        "ph_linear_one",
+        grid,
+        threads,
+        w.data,
+        x,
+        Array(out.ptr + column * out.itemsize, (1, own), out.dtype),
+        _NULL if bias is None else bias,
+        _NULL if norm is None else norm[1],
+        _NULL if norm is None or norm[2] is None else norm[2],
+        w.rows,
+        w.cols,
+        np.int64(tile_bytes),
+        0.0 if norm is None else norm[0].eps,
+        scale,
+        accumulate,
+        shared=shared,
+        macros=_macros(kind, act, out.dtype, ring, normed, items, activation, gated, rows),
+        early=True,
+    )
+
+
+def _warps(dense: bool) -> int:
+    return _DENSE_WARPS if dense else _TILE_WARPS
+
+
+def _vectors(norm: HeadNorm | None, cols: int) -> tuple[tuple[str, Array | None, int], ...]:
+    return () if norm is None else (("the norm's weight", norm[1], cols), ("the norm's bias", norm[2], cols))
+
+
+def _shape(device: CudaDevice, w: Matrix, normed: bool, gated: bool) -> tuple[int, int, int, int]:
+    """Blocks, units of a warp under way, rows of a tile, and bytes of shared memory."""
+    partners = 2 if gated else 1
+    rows, warps = TILE_ROWS, _warps(isinstance(w, DenseMatrix))
+    staged = normed or isinstance(w, DenseMatrix)
+    if isinstance(w, DenseMatrix):
+        rows = 4 if w.rows >= 4 * _FEW_TILES * device.sms else 2
+    items = -(-w.rows // (rows * partners))
+    grid = max(min(items, device.sms), -(-items * partners // _MOST_TILES))
+    slot = 512 * rows if isinstance(w, DenseMatrix) else w.format.unit_bytes
+    fixed = 128 + 4 * rows * (warps + -(-items // grid) * partners + 1) + (512 * units(w.cols) if staged else 0)
+    # More than half of what a multiprocessor has, so that it never holds two blocks of such kernels: where the next
+    # kernel begins early, its blocks would otherwise crowd where this one's have ended, two on some and none on others.
+    alone = device.shared_limit // 2 + 16
+    for room in (alone, device.shared_limit):
+        ring = min(_MOST_RING, -(-_AHEAD // slot), (room - fixed) // (warps * slot))
+        if ring >= _LEAST_RING:
+            break
+    return grid, ring, rows, max(alone, fixed + max(0, ring) * warps * slot)

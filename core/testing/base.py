@@ -1,0 +1,108 @@
+"""Base: what every part of the conformance suite shares: the subject of a test class, failures and skips in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import ClassVar, NoReturn
+
+import numpy as np
+import pytest
+from numpy.typing import ArrayLike
+
+from ..errors import PolyheadError
+from .case import Case
+from .subject import Subject, Variant
+
+CPU_NOISE = 1e-5
+"""Two ways to the same float32 result on the CPU differ by less, relative."""
+CUDA_NOISE = 5e-3
+CUDA_LOGITS = 1e-2
+"""Logits on a GPU, whose activations are float16, against the CPU runtime or a reference."""
+
+
+class Base:
+    """Holds the plugin and the case; their Subject is made once for each test class."""
+
+    plugin: ClassVar[ModuleType | str]
+    case: ClassVar[Case]
+
+    @classmethod
+    def subject(cls) -> Subject:
+        """The plugin loaded with this class's case; a failure where it cannot be."""
+        known: Subject | None = cls.__dict__.get("_subject")
+        if known is None:
+            for name, kind in (("plugin", (ModuleType, str)), ("case", Case)):
+                if not isinstance(getattr(cls, name, None), kind):
+                    fail(f"{cls.__name__} has no {name}; write `plugin = your_module` and `case = Case(…)` into it")
+            try:
+                known = Subject(cls.plugin, cls.case)
+            except PolyheadError as error:
+                fail(str(error))
+            cls._subject = known  # type: ignore[attr-defined]
+        return known
+
+    @classmethod
+    def variants(cls) -> Iterator[Variant]:
+        """The case's models, each checked as a file is when it is opened."""
+        subject = cls.subject()
+        try:
+            for variant in built(subject):
+                subject.check(variant)
+        except PolyheadError as error:
+            fail(f"the case's model cannot be opened: {error}")
+        yield from subject.variants
+
+    @classmethod
+    def first(cls) -> Variant:
+        """The model with all optional tensors."""
+        return next(cls.variants())
+
+    @classmethod
+    def gpu(cls) -> str:
+        """The first GPU that can be used, or a skip that says why there is none."""
+        from ..runtime.cuda.probe import MINIMUM_CC, probe
+
+        found = probe()
+        if found.problem:
+            pytest.skip(f"no GPU: {found.problem}")
+        usable = next((info for info in found.devices if info.cc >= MINIMUM_CC), None)
+        if usable is None:
+            pytest.skip(f"no GPU: none has compute capability {MINIMUM_CC[0]}.{MINIMUM_CC[1]} or newer")
+        try:
+            import cuda.core  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
+        except ImportError:
+            pytest.skip("no CUDA packages: pip install 'polyhead[cu13]'")
+        subject = cls.subject()
+        kinds = subject.registry.module_kinds()
+        for spec in subject.kinds():
+            if getattr(kinds.get(spec), "cuda", None) is None:
+                pytest.skip(f"{spec.__name__} has no CUDA implementation: its ModuleKind gives no cuda")
+        return f"cuda:{usable.index}"
+
+
+def built(subject: Subject) -> tuple[Variant, ...]:
+    """The case's models, unchecked; a failure where the plugin cannot build them."""
+    try:
+        return subject.variants
+    except PolyheadError as error:
+        fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    """A test's failure in words, without a traceback."""
+    raise pytest.fail.Exception(message, pytrace=False) from None  # without the exception that led here
+
+
+def error_of(found: ArrayLike, expected: ArrayLike) -> float:
+    """‖found − expected‖ / ‖expected‖ in float64; infinite where shapes differ or a value is not finite."""
+    a, b = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    if a.shape != b.shape or not np.isfinite(a).all():
+        return float("inf")
+    return float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1.0))
+
+
+def shown(names: list[str], most: int = 12) -> str:
+    """Names for a message."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,318 @@
+"""polyhead.testing: sound plugins pass, and each of its tests fails, in words, for a plugin that breaks just that."""
+
+from __future__ import annotations
+
+import _ctypes
+import inspect
+import re
+import shutil
+import subprocess
+import sys
+
+import naive
+import numpy as np
+import polyhead_gpt_mha
+import polyhead_llama_gqa
+import pytest
+import qwen3_plugin
+import tolerance
+from broken_plugins import CASE, FAULTS, LAYERED, SOUND
+from polyhead import LLM, SamplingParams
+from polyhead.arch import Metadata
+from polyhead.errors import ConfigError, PluginError
+from polyhead.gguf import open_gguf
+from polyhead.plugins import discover
+from polyhead.testing import Case, ConformanceTests, make_model
+from polyhead.testing import base as kit
+from polyhead.testing.subject import Subject
+
+BASE = {
+    "block_count": 2,
+    "context_length": 96,
+    "embedding_length": 64,
+    "feed_forward_length": 96,
+    "attention.head_count": 4,
+}
+LAYER_NORM = {**BASE, "attention.layer_norm_epsilon": 1e-4}
+RMS_NORM = {**BASE, "attention.layer_norm_rms_epsilon": 1e-5, "attention.head_count_kv": 2, "rope.freq_base": 1000.0}
+
+
+class Conformance(ConformanceTests):
+    """The reference is the naive computation in float64, of the plugin's own Decoder: it judges the kit."""
+
+    def reference(self, metadata, weights, ids):
+        (decoder,) = {each.decoder for each in self.variants() if each.shapes.keys() == weights.keys()}
+        return naive.logits(decoder, weights, ids)
+
+
+class TestLlama(Conformance):
+    plugin = polyhead_llama_gqa
+    case = Case("llama", {**RMS_NORM, "feed_forward_length": [96, 64], "vocab_size": 96, "rope.dimension_count": 16})
+
+
+class TestQwen2(Conformance):
+    plugin = "polyhead_llama_gqa"
+    case = Case("qwen2", RMS_NORM, tensors={"rope_freqs.weight": (8,)})
+
+
+class TestGPT2(Conformance):
+    plugin = polyhead_gpt_mha
+    case = Case("gpt2", LAYER_NORM)
+
+
+class TestGPTNeoX(Conformance):
+    plugin = polyhead_gpt_mha
+    case = Case(
+        "gptneox",
+        {**LAYER_NORM, "rope.dimension_count": 8, "use_parallel_residual": True},
+        optional=("use_parallel_residual",),
+    )
+
+
+class TestQwen3(Conformance):
+    plugin = qwen3_plugin
+    case = Case("qwen3", {**RMS_NORM, "attention.key_length": 24, "attention.value_length": 24})
+
+
+HEAD = "from polyhead import ModuleKind, hookimpl\nfrom polyhead.arch import *\n"
+
+
+def suite(plugin: str, case: Case = CASE) -> ConformanceTests:
+    """A test class for a plugin, as its author would write it; the reference knows the sound plugin's Decoder."""
+
+    class Suite(ConformanceTests):
+        def reference(self, metadata, weights, ids):
+            sound: dict[str, type] = {}
+            exec(HEAD + SOUND, sound)
+            shapes = {name: array.shape for name, array in weights.items()}
+            decoder = sound["Mine"]().decoder(Metadata(CASE.values(), shapes, "mine"))
+            return naive.logits(decoder, weights, ids)
+
+    Suite.plugin, Suite.case = plugin, case
+    return Suite()
+
+
+def failure(tests: ConformanceTests, name: str) -> str:
+    with pytest.raises(pytest.fail.Exception) as error:
+        getattr(tests, name)()
+    return str(error.value)
+
+
+def cpu_tests() -> list[str]:
+    return [name for name, _ in inspect.getmembers(ConformanceTests) if name.startswith("test_") and "cuda" not in name]
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_plugin_fails_that(name, install):
+    fault = FAULTS[name]
+    install(fault.source)
+    message = failure(suite("strange_module", fault.case), fault.test)
+    assert re.search(fault.message, message), message
+
+
+ELSEWHERE = {"test_the_installed_package_has_an_entry_point", "test_importing_the_plugin_touches_no_device"}
+
+
+def test_every_test_of_the_kit_has_a_plugin_that_fails_it():
+    assert {fault.test for fault in FAULTS.values()} | ELSEWHERE == set(cpu_tests())
+
+
+@pytest.mark.parametrize("source", [SOUND, LAYERED], ids=["of the vocabulary", "with a layer of its own"])
+def test_the_same_plugins_unbroken_pass(source, install):
+    install(source)
+    tests = suite("strange_module")
+    for name in cpu_tests():
+        if source is SOUND or "reference" not in name:
+            getattr(tests, name)()
+
+
+def test_a_module_that_touches_a_device_at_import_fails(install, tmp_path):
+    (tmp_path / "site" / "cupy.py").write_text("")
+    install("import cupy\n" + SOUND)
+    message = failure(suite("strange_module"), "test_importing_the_plugin_touches_no_device")
+    assert message.startswith("importing the plugin imports cupy, which costs every command time")
+
+
+def test_a_module_that_loads_the_driver_at_import_fails(install, tmp_path):
+    driver = tmp_path / "libcuda.so.1"
+    shutil.copy(_ctypes.__file__, driver)
+    install(f"import ctypes; ctypes.CDLL({str(driver)!r})\n" + SOUND)
+    message = failure(suite("strange_module"), "test_importing_the_plugin_touches_no_device")
+    assert message.startswith("importing the plugin loads the NVIDIA driver (libcuda)")
+
+
+def test_a_module_that_only_this_process_knows_fails(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nowhere_module", sys.modules[__name__])
+    message = failure(suite("nowhere_module"), "test_importing_the_plugin_touches_no_device")
+    assert "in a fresh process the plugin does not load: ModuleNotFoundError" in message
+
+
+def test_an_installed_package_without_its_entry_point_fails(install, tmp_path):
+    install(SOUND, value="another_module")
+    (tmp_path / "site" / "stranger-1.2.dist-info" / "top_level.txt").write_text("strange_module\n")
+    message = failure(suite("strange_module"), "test_the_installed_package_has_an_entry_point")
+    assert "the package stranger is installed, but no entry point of the group polyhead names strange_module" in message
+    assert 'strange_module = "strange_module"' in message
+
+
+def skipped(tests: ConformanceTests, name: str) -> str:
+    with pytest.raises(pytest.skip.Exception) as error:
+        getattr(tests, name)()
+    return str(error.value)
+
+
+def test_what_cannot_be_tested_is_skipped_with_its_reason(install, tmp_path, monkeypatch):
+    from polyhead.runtime.cuda import probe
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "loose_plugin.py").write_text(HEAD + LAYERED)
+    tests = suite("loose_plugin")
+    assert "belongs to no installed package" in skipped(tests, "test_the_installed_package_has_an_entry_point")
+    type(tests).reference = ConformanceTests.reference
+    assert "no reference: give the class a method reference" in skipped(tests, "test_logits_equal_the_reference")
+    if probe.probe().problem:
+        assert skipped(tests, "test_cuda_prefill_equals_decode").startswith("no GPU: ")
+    monkeypatch.delitem(sys.modules, "loose_plugin", raising=False)
+
+
+def test_the_tests_for_a_gpu_judge_whatever_runtime_they_are_given(install, monkeypatch):
+    install(SOUND)
+    tests = suite("strange_module")
+    monkeypatch.setattr(type(tests), "gpu", classmethod(lambda cls: "cpu"))
+    names = [name for name in dir(tests) if name.startswith("test_cuda")]
+    assert len(names) == 8
+    for name in names:
+        if name == "test_cuda_decode_replays_a_graph":
+            assert failure(tests, name) == "12 decode steps on cpu captured no graph"
+        else:
+            getattr(tests, name)()
+
+
+def test_a_reference_of_another_shape_is_the_author_s_fault(install):
+    install(SOUND)
+    tests = suite("strange_module")
+    type(tests).reference = lambda self, metadata, weights, ids: np.zeros((len(ids), 3))
+    message = failure(tests, "test_logits_equal_the_reference")
+    assert message == "reference() returned shape [12, 3], expected [12, 128] (tokens, vocabulary)"
+
+
+def test_the_reference_gets_the_case_s_metadata_and_what_the_file_holds(install):
+    install(SOUND)
+    tests, seen = suite("strange_module"), []
+    original = type(tests).reference
+
+    def reference(self, metadata, weights, ids):
+        seen.append((metadata, set(weights), ids))
+        return original(self, metadata, weights, ids)
+
+    type(tests).reference = reference
+    tests.test_logits_equal_the_reference()
+    assert [("output.weight" in names, metadata == CASE.metadata) for metadata, names, _ in seen] == [
+        (True, True),
+        (False, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metadata": {"block_count": None}}, "metadata 'block_count' is None, expected a string, bool, int"),
+        ({"tensors": {"token_embd.weight": [96, 32]}}, r"tensors 'token_embd\.weight' is \[96, 32\], expected a tuple"),
+        ({"ids": (5, 128)}, r"ids holds a token outside the vocabulary \(0 to 127\)"),
+        ({"tolerance": 0.0}, "tolerance is 0.0, expected a number between 0 and 1"),
+        ({"optional": "rope.freq_base"}, "optional is 'rope.freq_base', expected a tuple of keys"),
+        ({"metadata": {"vocab_size": 3}}, "the vocabulary has 3 rows, expected at least 8"),
+    ],
+)
+def test_a_case_that_makes_no_sense_is_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        Case(**{"architecture": "mine", "metadata": CASE.metadata, **change})
+
+
+def test_a_case_of_a_real_model_s_size_is_refused(install):
+    install(SOUND)
+    huge = Case("mine", {**CASE.metadata, "embedding_length": 4096})
+    assert "weights; take tiny sizes" in failure(suite("strange_module", huge), "test_every_weight_matters")
+
+
+def test_a_shape_that_the_plugin_reads_first_must_be_in_the_case(install):
+    read = "meta.tensor_shape('blk.0.ffn_up.weight')[0] + 0 * meta.get(int, 'feed_forward_length')"
+    install(SOUND.replace('meta.get(int, "feed_forward_length", minimum=1)', read))
+    message = failure(suite("strange_module"), "test_prefill_equals_decode")
+    assert "Case(tensors={'blk.0.ffn_up.weight': (rows, columns)})" in message
+    known = Case("mine", CASE.metadata, tensors={"blk.0.ffn_up.weight": (64, 32)})
+    suite("strange_module", known).test_prefill_equals_decode()
+
+
+def test_a_test_class_without_plugin_or_case_says_what_to_write():
+    class Empty(ConformanceTests):
+        pass
+
+    assert failure(Empty(), "test_prefill_equals_decode").startswith(
+        "Empty has no plugin; write `plugin = your_module`"
+    )
+
+
+def test_optional_tensors_are_tried_present_and_absent(install):
+    install(SOUND)
+    variants = Subject("strange_module", CASE).variants
+    assert [variant.decoder.head is not None for variant in variants] == [True, False]
+    # Biases of a family whose files come with any or none of them.
+    tried = Subject("polyhead_llama_gqa", TestLlama.case).variants
+    assert [variant.decoder.blocks[1].attn.qkv.k.bias for variant in tried] == ["blk.1.attn_k.bias", None]
+    # One that means "refuse this file" stays away.
+    install(
+        SOUND.replace("        head =", "        if meta.has_tensor('odd'): raise ConfigError('odd')\n        head ="),
+        name="picky",
+        distribution="pickers",
+    )
+    assert [variant.decoder.head is not None for variant in Subject("picky_module", CASE).variants] == [True, False]
+
+
+@pytest.mark.parametrize("quant", [None, "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_make_model_writes_a_file_that_runs(quant, tmp_path):
+    path = tmp_path / "tiny.gguf"
+    make_model(path, polyhead_llama_gqa, TestLlama.case, quant)
+    with open_gguf(path) as file:
+        assert {file.tensors[name].type for name in ("token_embd.weight", "blk.1.ffn_up.weight")} == {quant or "F32"}
+        assert file.tensors["output_norm.weight"].type == "F32"
+    with LLM({"model": str(path), "device": "cpu"}) as llm:
+        out = llm.generate("the sand", SamplingParams(max_tokens=5, ignore_eos=True))[0]
+        assert len(out.token_ids) == 5
+        assert llm.tokenizer.decode(llm.tokenizer.encode("the sand")) == "the sand"
+
+
+def test_make_model_takes_a_registry_and_refuses_what_cannot_be(tmp_path):
+    make_model(tmp_path / "tiny.gguf", discover(), TestGPT2.case)
+    with pytest.raises(ConfigError, match="quant is 'Q4_K', expected one of F32, F16, Q4_0"):
+        make_model(tmp_path / "other.gguf", polyhead_llama_gqa, TestLlama.case, "Q4_K")
+    with pytest.raises(PluginError, match=r"does not load: ModuleNotFoundError"):
+        make_model(tmp_path / "other.gguf", "surely_absent", TestLlama.case)
+
+
+def test_weights_are_the_same_every_time(tmp_path):
+    paths = [tmp_path / f"{name}.gguf" for name in "ab"]
+    for path in paths:
+        make_model(path, polyhead_llama_gqa, TestLlama.case)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_only_the_test_class_needs_pytest():
+    code = (
+        "import sys; sys.modules['pytest'] = None\n"
+        "import polyhead, polyhead.testing\n"
+        "from polyhead.testing import Case, make_model\n"
+        "try:\n    from polyhead.testing import ConformanceTests\n"
+        "except ImportError as error:\n    message = str(error)\n"
+        "sys.exit(0 if \"pip install 'polyhead[testing]'\" in message else message)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_kit_s_bounds_are_those_of_the_project_s_table():
+    assert (kit.CPU_NOISE, kit.CUDA_LOGITS) == (tolerance.CPU_BLOCK, tolerance.CUDA_LOGITS)
+    assert Case("mine", CASE.metadata).tolerance == tolerance.CPU_LOGITS
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 5, 7))
+    assert kit.error_of(a, b) == tolerance.error(a, b)
+    assert kit.error_of(a, b[:4]) == kit.error_of(a * np.nan, b) == np.inf
