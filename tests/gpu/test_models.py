@@ -124,6 +124,23 @@ def test_prefill_of_n_equals_chunks_and_n_decodes(name, chunk, parts):
     assert tolerance.error(chunked, run(decoder, weights, IDS)) < 5e-3
 
 
+def test_blocks_without_norms_take_many_rows_of_the_residual_stream(ctx, tiny_model, registry):
+    """The stream is narrowed where quantised weights are unpacked next: neither may overwrite the other."""
+    from polyhead.runtime.cuda.model import CudaModel
+
+    options = RuntimeOptions(block_size=8, max_tokens=64, max_batch=64)
+    with Model(tiny_model("llama-q8_0"), registry) as model:
+        bare = tuple(dataclasses.replace(block, attn_norm=None, mlp_norm=None) for block in model.decoder.blocks)
+        decoder = dataclasses.replace(model.decoder, blocks=bare, final_norm=None)
+        ids = [IDS[n % len(IDS)] + n // len(IDS) for n in range(50)]
+        expected = Generation(CpuModel(decoder, model.file, options), None).logits(ids)
+        gpu = CudaModel(decoder, model.file, options)
+        try:
+            assert tolerance.error(Generation(gpu, None).logits(ids), expected) < tolerance.CUDA_LOGITS
+        finally:
+            gpu.close()
+
+
 @pytest.mark.parametrize("name", ["gpt2-tied", "llama-bias", "gptneox-parallel", "qwen3"])
 def test_zeroing_any_tensor_changes_the_output(name, parts):
     decoder, weights = parts(name)

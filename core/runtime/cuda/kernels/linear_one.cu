@@ -23,9 +23,12 @@
 #include "activate.cuh"
 #endif
 
-// Blocks that registers must leave room for; bytes to bfloat16 take more of them.
-#if defined(PH_ACT_BF16) && !defined(PH_DENSE)
+// Blocks that registers must leave room for: this one's, and as much for the kernel beside it. Where that is too little,
+// as for bytes to bfloat16 and for the compiler from 12.0 on, one.
+#if !defined(PH_DENSE) && defined(PH_ACT_BF16)
 constexpr int BLOCKS = PH_LOW_BITS == 8 ? 1 : 2;
+#elif defined(PH_DENSE) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int BLOCKS = 1;
 #else
 constexpr int BLOCKS = 2;
 #endif

@@ -82,7 +82,7 @@ _KINDS = (
     (40, 3, False, False, "f16", BYTES),
     (10, 3, True, False, "f16", BYTES),
 )
-#: Pairs that turn, interleaved, norms of q and k: as in a Llama, a GPT-2, a Qwen3, and a GPT-NeoX with LayerNorms.
+#: Pairs that turn, interleaved, norms of q and k: all pairs; none; halves with RMSNorms; a part with LayerNorms.
 _HEADS = {128: (64, True, 0, 0), 64: (0, False, 0, 0), 256: (128, False, 1, 1), 80: (16, False, 2, 2)}
 
 VARIANTS = (

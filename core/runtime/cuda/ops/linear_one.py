@@ -27,6 +27,10 @@ _MOST_TILES = 128  # of a block: their sums are kept until the end
 _FEW_TILES = 8  # of a block: with fewer, smaller tiles share the work out more evenly
 
 
+def _warps(dense: bool) -> int:
+    return _DENSE_WARPS if dense else _TILE_WARPS
+
+
 @cache
 def _macros(
     kind: str, act: str, out: str, ring: int, norm: int, items: int, activation: str | None, gated: bool, rows: int
@@ -135,10 +139,6 @@ def linear_one(
         macros=_macros(kind, act, out.dtype, ring, normed, items, activation, gated, rows),
         early=True,
     )
-
-
-def _warps(dense: bool) -> int:
-    return _DENSE_WARPS if dense else _TILE_WARPS
 
 
 def _vectors(norm: HeadNorm | None, cols: int) -> tuple[tuple[str, Array | None, int], ...]:
