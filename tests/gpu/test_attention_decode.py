@@ -74,7 +74,7 @@ CONTEXTS = (1, 2, 15, 16, 17, 63, 64, 65, 129, 200, 1100)
 PLANS = {
     "chosen": None,
     "pieces": DecodePlan(4, 2, single=32, least=64, most=128),
-    "few": DecodePlan(8, 2, single=100, least=16, most=3),
+    "few": DecodePlan(8, 1, single=100, least=16, most=3),
     "narrow": DecodePlan(2, 1, single=16, least=16, most=128),
 }
 

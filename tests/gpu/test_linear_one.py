@@ -74,12 +74,10 @@ def test_every_format_agrees_with_float64(
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q8_0", "f16"])
-@pytest.mark.parametrize(("rows", "cols"), [(6144, 4096), (4096, 14336), (2048, 8192), (1600, 1600), (50257, 768)])
+@pytest.mark.parametrize(("rows", "cols"), [(6144, 4096), (4096, 14336), (2048, 8192), (1600, 1536), (50257, 768)])
 def test_sizes_of_real_models_agree_with_float64(
     kind: str, rows: int, cols: int, ctx: Context, weights: Weights, put: Put, poisoned: Put, get: Get
 ) -> None:
-    if cols % 256 and kind != "f16":
-        pytest.skip(f"{cols} columns are no blocks of {kind}")
     matrix, w = weights(kind, rows, cols)
     x, values = row(put, get, cols, "f16")
     out = poisoned((1, rows), "f32")
@@ -107,14 +105,17 @@ def test_bias_scale_and_sum_reach_only_their_columns(
     assert np.array_equal(np.delete(found, np.s_[11:48], 1), np.delete(before, np.s_[11:48], 1))
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q4_0", "f16", "bf16"])
-@pytest.mark.parametrize("cols", [256, 768, 1600, 4096, 8192])
+@pytest.mark.parametrize(
+    ("kind", "cols"),
+    [
+        *((kind, cols) for kind in ("Q4_K", "Q4_0", "f16", "bf16") for cols in (256, 768, 4096, 8192)),
+        *((kind, 1600) for kind in ("Q4_0", "f16", "bf16")),  # no whole number of blocks of 256
+    ],
+)
 @pytest.mark.parametrize("layer", [False, True])
 def test_a_norm_before_agrees_with_float64(
     kind: str, cols: int, layer: bool, ctx: Context, weights: Weights, put: Put, poisoned: Put, get: Get
 ) -> None:
-    if kind == "Q4_K" and cols % 256:
-        pytest.skip(f"{cols} columns are no blocks of {kind}")
     act = "bf16" if kind == "bf16" else "f16"
     matrix, w = weights(kind, 300, cols)
     x, values = row(put, get, cols, "f32", shift=3.0)
@@ -171,10 +172,10 @@ def test_a_chain_of_launches_waits_for_what_it_reads(
     x, _ = row(put, get, 1024, "f16")
     arrays = [x, *(poisoned((1, 1024), "f16") for _ in range(40))]
     for source, target in pairwise(arrays):
-        linear_one(ctx, source, matrix, target)
+        linear_one(ctx, source, matrix, target, scale=1.5625)  # keeps the length of a row
     chained = [get(array) for array in arrays]
     for source, target in pairwise(chained):
-        assert tolerance.error(target, source.astype(np.float64) @ w.T) < ROUNDED["f16"]
+        assert tolerance.error(target, 1.5625 * (source.astype(np.float64) @ w.T)) < ROUNDED["f16"]
 
 
 def test_what_does_not_fit_is_named(ctx: Context, weights: Weights, put: Put, poisoned: Put) -> None:
