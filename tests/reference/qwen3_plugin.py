@@ -73,6 +73,9 @@ def polyhead_register_architectures() -> list[Architecture]:
 
 
 def registry() -> Registry:
-    """The installed plugins and this one."""
+    """The plugins of polyhead itself and this one; not those of other packages, which may claim the same model."""
     mine = EntryPoint("qwen3", "qwen3_plugin", "polyhead")
-    return discover(entry_points=[*entry_points(group="polyhead"), mine])
+    own = [
+        entry for entry in entry_points(group="polyhead") if entry.dist is not None and entry.dist.name == "polyhead"
+    ]
+    return discover(entry_points=[*own, mine])

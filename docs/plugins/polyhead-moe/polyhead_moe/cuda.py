@@ -35,7 +35,8 @@ def kernel_macros(matrix: DeviceMatrix, columns: int, mode: str = "") -> dict[st
     if not matrix.macros and matrix.cols % 8:
         macros["PH_SCALAR"] = True
     # Registers for two blocks on a multiprocessor suffice for 8 tokens, but for the modes that are seldom used.
-    macros["PH_CTAS"] = 2 if columns == 1 and mode in ("", "PH_PAIR") else 1
+    narrow = columns == 1 and mode in ("", "PH_PAIR") and macros.get("PH_LOW_BITS") != 8
+    macros["PH_CTAS"] = 2 if narrow else 1  # blocks that registers must leave room for
     return macros
 
 
