@@ -70,7 +70,7 @@ class Base:
         if usable is None:
             pytest.skip(f"no GPU: none has compute capability {MINIMUM_CC[0]}.{MINIMUM_CC[1]} or newer")
         try:
-            import cuda.core  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
+            import cuda.core  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: F401
         except ImportError:
             pytest.skip("no CUDA packages: pip install 'polyhead[cu13]'")
         subject = cls.subject()
