@@ -14,6 +14,7 @@ from .group import CommandGroup, LazyCommand
 COMMANDS = (
     LazyCommand("run", "Continue or answer prompts."),
     LazyCommand("chat", "Talk with a model in the terminal."),
+    LazyCommand("batch", "Answer a file of requests; a run that was cut off is continued."),
     LazyCommand("inspect", "Show what a model file holds, without loading its weights."),
     LazyCommand("pull", "Fetch a model, check it, and print its path."),
     LazyCommand("perplexity", "Measure how well a model predicts a text."),

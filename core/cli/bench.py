@@ -19,7 +19,20 @@ if TYPE_CHECKING:
     from .subject import Subject
 
 
-@click.command("bench")
+class _Bench(click.Command):
+    """The command, and ``bench throughput``, which stands where a model's name would."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args[:1] == ["throughput"]:
+            from .bench_throughput import command as throughput
+
+            return throughput.make_context(f"{info_name} throughput", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+
+@click.command("bench", cls=_Bench)
 @click.argument("source", metavar="[CONFIG|MODEL]", required=False)
 @click.option(
     "--shape", metavar="NAME[:QUANT]", help="Random weights of a known shape instead of a file; ? lists them."
@@ -53,6 +66,8 @@ def command(
     after 1024 tokens of context, "x8" for eight sequences at once (tokens of all are counted). Prompts are random, the
     same every time. Prefill is compared with the device's rate of matrix products, decode with how fast it
     reads memory; both are measured in the same run. Close other programs first.
+
+    polyhead bench throughput measures many sequences at once: static batches, and requests that arrive.
     """
     from ..bench import cases, measure, measure_limits
     from .subject import open_model, open_shape, shape_list

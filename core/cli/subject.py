@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..bench import Case
     from ..config import RunConfig
     from ..runtime.contract import LoadedModel, RuntimeOptions, WeightInfo
+    from ..tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None] | None
 DEFAULT_QUANT = "Q4_K_M"
@@ -27,7 +28,10 @@ DEFAULT_QUANT = "Q4_K_M"
 
 @dataclass(frozen=True)
 class Subject:
-    """A loaded model and what there is to say of it. ``load_seconds`` begins with opening the file."""
+    """A loaded model and what there is to say of it. ``load_seconds`` begins with opening the file.
+
+    A shape has no ``model``.
+    """
 
     name: str
     architecture: str
@@ -36,6 +40,12 @@ class Subject:
     device: str
     note: str
     load_seconds: float
+    model: Model | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer; None for a shape."""
+        return None if self.model is None else self.model.tokenizer
 
 
 def open_model(stack: ExitStack, config: RunConfig, tests: Sequence[Case], progress: Progress) -> Subject:
@@ -56,7 +66,8 @@ def open_model(stack: ExitStack, config: RunConfig, tests: Sequence[Case], progr
     runtime = devices.load(device, model.decoder, model.file, options, registry.module_kinds(), progress)
     stack.callback(runtime.close)
     seconds = time.perf_counter() - start
-    return Subject(model.name, facts.architecture_text(model), facts.claimed(model), runtime, device, note, seconds)
+    said = model.name, facts.architecture_text(model), facts.claimed(model)
+    return Subject(*said, runtime, device, note, seconds, model)
 
 
 def open_shape(stack: ExitStack, config: RunConfig, text: str, tests: Sequence[Case], progress: Progress) -> Subject:
