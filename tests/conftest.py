@@ -54,6 +54,12 @@ def smollm2_path() -> Path:
 @pytest.fixture(scope="session")
 def registry():
     """The installed plugins and one of the tests' own, which adds qwen3."""
-    import qwen3_plugin
+    from importlib.metadata import EntryPoint, entry_points
 
-    return qwen3_plugin.registry()
+    from polyhead.plugins import discover
+
+    # Those of polyhead itself and docs/plugins/polyhead-qwen3, not of other packages, which may claim the same models.
+    own = [
+        entry for entry in entry_points(group="polyhead") if entry.dist is not None and entry.dist.name == "polyhead"
+    ]
+    return discover(entry_points=[*own, EntryPoint("qwen3", "polyhead_qwen3", "polyhead")])

@@ -18,8 +18,11 @@ import numpy as np
 import pytest
 from polyhead.errors import DeviceError
 from polyhead.runtime.cuda.context import Context
+from polyhead.runtime.cuda.formats import DenseMatrix, Matrix, QuantMatrix
 from polyhead.runtime.cuda.memory import Array, Pool
+from polyhead.runtime.cuda.ops.repack import repack
 from polyhead.runtime.cuda.probe import probe
+from random_blocks import random_blocks
 
 _PACKAGES = ("cuda-core", "cuda-bindings", "nvmath-python", "nvidia-cuda-nvrtc", "nvidia-cublas", "numpy")
 _OUTCOMES = {"passed": 0, "failed": 0, "skipped": 0, "deselected": 0}
@@ -81,6 +84,26 @@ def poisoned(ctx: Context, pool: Pool) -> Callable[..., Array]:
 def get(ctx: Context) -> Callable[[Array], Any]:
     """``get(array)``: the values, bf16 as float32, after all work has finished."""
     return ctx.device.download
+
+
+@pytest.fixture
+def weights(
+    ctx: Context, put: Callable[..., Array], poisoned: Callable[..., Array], get: Callable[[Array], Any]
+) -> Callable[..., tuple[Matrix, Any]]:
+    """``weights(kind, rows, cols)``: a random matrix on the device (f16 and bf16: dense), and its values in float64."""
+
+    from gguf import GGMLQuantizationType, quants
+
+    def make(kind: str, rows: int, cols: int) -> tuple[Matrix, Any]:
+        if kind in ("f16", "bf16"):
+            dense = put(np.random.default_rng(cols).standard_normal((rows, cols)).astype(np.float32) * 0.02, kind)
+            return DenseMatrix(dense), get(dense).astype(np.float64)
+        raw = random_blocks(np.random.PCG64(rows + cols), (rows, cols), kind, 0.02)
+        matrix = QuantMatrix(kind, rows, cols, poisoned(QuantMatrix.shape_of(kind, rows, cols), "u8"))
+        repack(ctx, kind, put(raw.reshape(-1)), matrix)
+        return matrix, quants.dequantize(raw, GGMLQuantizationType[kind]).astype(np.float64)
+
+    return make
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -12,13 +12,9 @@ import tolerance
 from polyhead.arch import LayerNorm, RMSNorm
 from polyhead.errors import DeviceError
 from polyhead.runtime.cuda.context import Context
-from polyhead.runtime.cuda.formats import FORMATS, DenseMatrix, Matrix, QuantMatrix
+from polyhead.runtime.cuda.formats import FORMATS, Matrix
 from polyhead.runtime.cuda.memory import Array
 from polyhead.runtime.cuda.ops.linear_one import fits, linear_one
-from polyhead.runtime.cuda.ops.repack import repack
-from random_blocks import random_blocks
-
-from gguf import GGMLQuantizationType, quants
 
 pytestmark = pytest.mark.gpu
 Put = Callable[..., Array]
@@ -27,22 +23,6 @@ Weights = Callable[..., tuple[Matrix, Any]]
 
 ROUNDED = {"f32": 2e-5, "f16": 1e-3, "bf16": 8e-3}
 NORMED = {"f16": 2e-3, "bf16": 1.6e-2}  # the normed row is rounded before the product
-
-
-@pytest.fixture
-def weights(ctx: Context, put: Put, poisoned: Put, get: Get) -> Weights:
-    """A random matrix on the device (f16 and bf16: dense), and its values in float64."""
-
-    def make(kind: str, rows: int, cols: int) -> tuple[Matrix, Any]:
-        if kind in ("f16", "bf16"):
-            dense = put(np.random.default_rng(cols).standard_normal((rows, cols)).astype(np.float32) * 0.02, kind)
-            return DenseMatrix(dense), get(dense).astype(np.float64)
-        raw = random_blocks(np.random.PCG64(rows + cols), (rows, cols), kind, 0.02)
-        matrix = QuantMatrix(kind, rows, cols, poisoned(QuantMatrix.shape_of(kind, rows, cols), "u8"))
-        repack(ctx, kind, put(raw.reshape(-1)), matrix)
-        return matrix, quants.dequantize(raw, GGMLQuantizationType[kind]).astype(np.float64)
-
-    return make
 
 
 def row(put: Put, get: Get, cols: int, dtype: str, shift: float = 0.0) -> tuple[Array, Any]:

@@ -192,7 +192,7 @@ def test_the_case_on_the_page_describes_a_model():
     case = eval(ast.unparse(node), {"Case": testing.Case})
     from polyhead.testing.subject import Subject
 
-    subject = Subject("qwen3_plugin", case)
+    subject = Subject("polyhead_qwen3", case)
     assert len(subject.variants) == 2
     for variant in subject.variants:
         subject.check(variant)

@@ -13,8 +13,8 @@ import naive
 import numpy as np
 import polyhead_gpt_mha
 import polyhead_llama_gqa
+import polyhead_qwen3
 import pytest
-import qwen3_plugin
 import tolerance
 from broken_plugins import CASE, FAULTS, LAYERED, SOUND
 from polyhead import LLM, SamplingParams
@@ -70,7 +70,7 @@ class TestGPTNeoX(Conformance):
 
 
 class TestQwen3(Conformance):
-    plugin = qwen3_plugin
+    plugin = polyhead_qwen3
     case = Case("qwen3", {**RMS_NORM, "attention.key_length": 24, "attention.value_length": 24})
 
 

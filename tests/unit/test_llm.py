@@ -10,41 +10,7 @@ import pytest
 import tiny_models
 from polyhead import LLM, Completion, Delta, SamplingParams
 from polyhead.errors import ConfigError, ModelNotFoundError, RequestError
-
-GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
-RUNTIME = {"context": 40, "block_size": 4, "max_batch": 3, "max_tokens_per_step": 16}
-IDS = [5, 17, 2, 80, 33]
-
-
-@pytest.fixture(scope="module")
-def settings_of(tiny_model):
-    def build(**changes: object) -> dict[str, object]:
-        return {"model": str(tiny_model("llama-gqa")), "device": "cpu", "runtime": RUNTIME, **changes}
-
-    return build
-
-
-@pytest.fixture(scope="module")
-def shared(settings_of):
-    with LLM(settings_of()) as llm:
-        yield llm
-
-
-@pytest.fixture
-def llm(shared):
-    """A model that every test must leave as it found it."""
-    yield shared
-    assert_idle(shared)
-
-
-def assert_idle(llm: LLM) -> None:
-    assert llm._generation.free_blocks == llm.plan.num_blocks
-    llm._generation.check_integrity()
-
-
-def seeded(seed: int | None, **more: object) -> SamplingParams:
-    return SamplingParams(**{"max_tokens": 8, "temperature": 1.0, "seed": seed, "ignore_eos": True, **more})
-
+from small_llm import GREEDY, IDS, RUNTIME, assert_idle, seeded
 
 # What goes in
 

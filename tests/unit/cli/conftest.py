@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import batch_lines
 import pytest
 from click.testing import CliRunner, Result
 from polyhead.cli import cli
@@ -120,3 +123,18 @@ def write_plugin(tmp_path: Path) -> Callable[[str, str], Path]:
 def chat_template() -> str:
     """The setting that gives a model a chat template."""
     return f"model.chat_template={TEMPLATE}"
+
+
+@pytest.fixture
+def batch(invoke: Invoke, llama: str, tmp_path: Path) -> Callable[..., tuple[Result, list[dict[str, Any]]]]:
+    """Writes lines to in.jsonl, runs ``polyhead batch`` on them, and returns its result and what is in out.jsonl."""
+
+    def run(lines: list[Any] | bytes, *args: str) -> tuple[Result, list[dict[str, Any]]]:
+        source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+        data = lines if isinstance(lines, bytes) else "".join(json.dumps(line) + "\n" for line in lines).encode()
+        source.write_bytes(data)
+        result = invoke("batch", llama, str(source), "-o", str(target), *batch_lines.EXACT, *args)
+        assert "internal error" not in result.stderr
+        return result, batch_lines.read(target)
+
+    return run
