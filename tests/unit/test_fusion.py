@@ -32,8 +32,8 @@ def of(*blocks: Block, **changes: object) -> Program:
     return lower(dataclasses.replace(DECODER, blocks=blocks, **changes))  # type: ignore[arg-type]
 
 
-def joined(program: Program, fits: bool = True) -> list[JoinedStep]:
-    return list(fuse_attention(fuse_row(program, lambda step, normed, gated: fits)))
+def joined(program: Program, fits: bool = True, norms: bool = True) -> list[JoinedStep]:
+    return list(fuse_attention(fuse_row(program, lambda step, normed, gated: fits and (norms or not normed))))
 
 
 def names(steps: Sequence[JoinedStep]) -> list[str]:
@@ -102,8 +102,9 @@ def test_a_norm_whose_source_changes_before_the_projection_stays() -> None:
 
 
 @pytest.mark.parametrize("block", [BLOCK, GPT, PARALLEL, SHARED, POST, BARE, GATE_UP])
-@pytest.mark.parametrize("rows", [1, 7])
-def test_what_a_joined_step_reads_shares_no_bytes_with_what_it_writes(block: Block, rows: int) -> None:
+@pytest.mark.parametrize("rows", [1, 7, 64])
+@pytest.mark.parametrize("norms", [True, False])
+def test_what_a_joined_step_reads_shares_no_bytes_with_what_it_writes(block: Block, rows: int, norms: bool) -> None:
     program = of(block, block)
     space = program.workspace(rows, rows, narrow_bytes=2)
 
@@ -112,7 +113,7 @@ def test_what_a_joined_step_reads_shares_no_bytes_with_what_it_writes(block: Blo
         return range(start, start + buffer.columns * (4 if buffer.wide else 2))
 
     alive = {step.name: step for step in program.steps}
-    for step in joined(program):
+    for step in joined(program, norms=norms):
         if isinstance(step, FusedProject) and step.src != step.dst:
             one, other = span(step.src), span(step.dst)
             assert max(one.start, other.start) >= min(one.stop, other.stop), step.name
@@ -122,7 +123,7 @@ def test_what_a_joined_step_reads_shares_no_bytes_with_what_it_writes(block: Blo
     # and what a later step still reads is not overwritten: the lives cover every joined step
     lives = program.buffers()
     order = {name: index for index, name in enumerate(alive)}
-    for step in joined(program):
+    for step in joined(program, norms=norms):
         for buffer in (
             (step.src, step.dst)
             if isinstance(step, FusedProject)
@@ -132,3 +133,12 @@ def test_what_a_joined_step_reads_shares_no_bytes_with_what_it_writes(block: Blo
         ):
             _, first, last = lives[buffer.name]
             assert first <= order[step.name] <= last
+
+
+@pytest.mark.parametrize("block", [BLOCK, PARALLEL, SHARED, POST])
+def test_what_a_norm_reads_lives_as_long_as_its_result(block: Block) -> None:
+    program = of(block, block)
+    lives = program.buffers()
+    for step in program.steps:
+        if isinstance(step, Normalise):
+            assert lives[step.src.name][2] >= lives[step.dst.name][2], step.name
