@@ -64,6 +64,8 @@ def _explain(error: yaml.MarkedYAMLError, text: str, line: int, column: int) -> 
     indent = found[: len(found) - len(found.lstrip())]
     if "\t" in indent or found[column : column + 1] == "\t":
         return "a tab is used for indentation; YAML wants spaces"
+    if "nesting depth" in problem:  # the scanner runs ahead of the events, and newer ones have a limit of their own
+        return f"nested deeper than {MAX_DEPTH} levels"
     hint = ""
     if "mapping values are not allowed" in problem:
         hint = " (text that contains ': ' needs quotes; otherwise look at the indentation)"
