@@ -11,6 +11,8 @@ import numpy as np
 from .engine import Request, ScheduledStep
 from .runtime.contract import Batch, SamplingRow
 
+_CERTAIN = 1e30  # a bias above all logits
+
 
 class Batches:
     """Makes batches of up to ``max_sequences`` sequences.
@@ -66,6 +68,16 @@ class Batches:
         self._row_of = {id(table): row for row, table in enumerate(self._tables)}
 
 
+def rows_of(step: ScheduledStep) -> list[SamplingRow]:
+    """How each of a step's rows of logits becomes a token: those that choose, then those that are scored."""
+    if not step.drafts and not step.scored:
+        return [row_of(request) for request in step.sampled]
+    return [
+        *(row_of(request, ahead) for request, ahead in step.choices()),
+        *(scoring_row(request, position) for request, position in step.scored),
+    ]
+
+
 def row_of(request: Request, ahead: int = 0) -> SamplingRow:
     """How a request's next token is chosen, or the one ``ahead`` tokens later."""
     params = request.params
@@ -83,4 +95,18 @@ def row_of(request: Request, ahead: int = 0) -> SamplingRow:
         prompt_ids=request.prompt_ids,
         output_ids=request.output_ids,
         logprobs=params.logprobs,
+    )
+
+
+def scoring_row(request: Request, position: int) -> SamplingRow:
+    """A row that takes the prompt's token at ``position``, for its log-probability under the model's own logits.
+
+    Taken by a bias that outdoes all logits but -inf: if another token comes, this one is impossible.
+    """
+    return SamplingRow(
+        seed=0,
+        position=position,
+        temperature=0.0,
+        logit_bias={request.prompt_ids[position]: _CERTAIN},
+        logprobs=request.params.prompt_logprobs,
     )

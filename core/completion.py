@@ -18,8 +18,12 @@ class Completion:
     """A finished generation.
 
     ``token_ids`` includes the token that ended it; ``text`` does not, nor a stop string. ``logprobs`` has one entry per
-    token if they were asked for. ``finish_reason`` is ``stop`` or ``length``. ``cached_tokens`` of the prompt's tokens
-    were found in the KV cache and not computed; it depends on what ran before, so it is not compared.
+    token if they were asked for, ``prompt_logprobs`` one per token of the prompt, None for the first.
+    ``finish_reason`` is ``stop`` or ``length``.
+
+    ``cached_tokens`` of the prompt's tokens were found in the KV cache and not computed. With ``runtime.speculation``
+    ``drafted_tokens`` were guessed, and ``accepted_tokens`` of these were right. These three depend on what ran before
+    and beside, so they are not compared.
 
     With ``SamplingParams.n`` above 1 this is sample 0, ``samples`` holds the others, and ``outputs`` all of them in
     order; ``index`` is a sample's number.
@@ -33,6 +37,9 @@ class Completion:
     index: int = 0
     samples: tuple[Completion, ...] = ()
     cached_tokens: int = field(default=0, compare=False)
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    drafted_tokens: int = field(default=0, compare=False)
+    accepted_tokens: int = field(default=0, compare=False)
 
     @property
     def outputs(self) -> tuple[Completion, ...]:
@@ -43,6 +50,7 @@ class Completion:
     def of(cls, job: Job, deltas: Sequence[Delta]) -> Completion:
         """The completion of a job that is done, from all its deltas."""
         found = []
+        scores = job.prompt_logprobs
         for request in job.requests:
             mine = [delta for delta in deltas if delta.index == request.sample]
             asked = request.params.logprobs is not None
@@ -58,6 +66,9 @@ class Completion:
                     prompt_token_ids=job.prompt_ids,
                     index=request.sample,
                     cached_tokens=job.cached_tokens,
+                    prompt_logprobs=None if scores is None else tuple(scores),
+                    drafted_tokens=request.num_drafted,
+                    accepted_tokens=request.num_accepted,
                 )
             )
         return replace(found[0], samples=tuple(found[1:]))
@@ -80,6 +91,22 @@ class Stream(Iterator[Delta]):
     def cached_tokens(self) -> int:
         """How many of the prompt's tokens were found in the KV cache and not computed; 0 before the first delta."""
         return self._job.cached_tokens
+
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
+        """As of a Completion, whole from the first delta on; None if not asked for."""
+        scores = self._job.prompt_logprobs
+        return None if scores is None else tuple(scores)
+
+    @property
+    def drafted_tokens(self) -> int:
+        """How many tokens were guessed so far."""
+        return self._job.requests[0].num_drafted
+
+    @property
+    def accepted_tokens(self) -> int:
+        """How many of these were right."""
+        return self._job.requests[0].num_accepted
 
     def __next__(self) -> Delta:
         if self._request is None:

@@ -5,6 +5,7 @@ Knows nothing of models, steps or blocks.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """The natural-log probability of a generated token under the model's own logits, and of the most likely ones.
+    """The natural-log probability of a token under the model's own logits, and of the most likely ones.
 
-    ``top`` holds (token id, log-probability), best first, as many as ``SamplingParams.logprobs`` asked for.
+    ``top`` holds (token id, log-probability), best first, as many as ``SamplingParams.logprobs``, or
+    ``prompt_logprobs``, asked for.
     """
 
     token_id: int
@@ -46,7 +48,10 @@ class Delta:
 
 
 class Detokeniser:
-    """One request's way from tokens to deltas. ``pushed`` counts the tokens whose deltas are in its job's queue."""
+    """One request's way from tokens to deltas. ``pushed`` counts the tokens whose deltas are in its job's queue.
+
+    A step may bring a request several tokens; they are pushed one by one.
+    """
 
     __slots__ = ("_decoder", "_stops", "_vocab", "pushed", "request")
 
@@ -59,8 +64,9 @@ class Detokeniser:
         self._stops = StopMatcher(request.params.stops)
 
     def push(self, sampled: SampledToken) -> Delta:
-        """Takes the request's last token. The delta's reason is "stop" too if its text completed a stop string."""
-        request, ended = self.request, self.request.finished
+        """Takes the request's next token. The delta's reason is "stop" too if its text completed a stop string."""
+        request = self.request
+        ended = request.finished and self.pushed + 1 == len(request.output_ids)
         text, hit = "", False
         # A token that ends the generation is reported, but is not part of the text.
         # Rows that only pad the embedding have none either.
@@ -80,7 +86,7 @@ class Detokeniser:
 
     def _filter(self, text: str) -> tuple[str, bool]:
         # Until min_tokens are made, no string ends the generation.
-        if len(self.request.output_ids) <= self.request.params.min_tokens and self.request.params.min_tokens:
+        if self.pushed < self.request.params.min_tokens:
             return text, False
         return self._stops.push(text)
 
@@ -89,15 +95,19 @@ class Job:
     """One prompt and its samples on their way, and the deltas that nobody has taken yet.
 
     Sample i is ``requests[i]``; the deltas of all samples stand in one queue, in the order they came.
+    ``prompt_logprobs`` has an entry for each token of the prompt that was scored so far, if that was asked for, and
+    None for the first, which follows nothing. It is whole when the first delta comes.
     """
 
-    __slots__ = ("_open", "deltas", "id", "requests", "texts")
+    __slots__ = ("_open", "deltas", "id", "prompt_logprobs", "requests", "texts")
 
     def __init__(self, requests: Sequence[Request], tokenizer: Tokenizer | None) -> None:
         self.id = requests[0].id
         self.requests = tuple(requests)
         self.texts = [Detokeniser(request, tokenizer) for request in requests]
         self.deltas: deque[Delta] = deque()
+        asked = requests[0].params.prompt_logprobs is not None
+        self.prompt_logprobs: list[TokenLogprob | None] | None = [None] if asked else None
         self._open = len(requests)
 
     @property
@@ -119,6 +129,19 @@ class Job:
     def done(self) -> bool:
         """Whether no more deltas will come. Those in the queue may still be taken."""
         return self._open == 0
+
+    @property
+    def lacks_scores(self) -> bool:
+        """Whether a log-probability of the prompt was computed and then lost."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) != self.requests[0].num_scored
+
+    def score(self, sampled: SampledToken) -> None:
+        """Adds the log-probability of the prompt's next token, as the row of ``batches.scoring_row`` gave it."""
+        scores = self.prompt_logprobs
+        if scores is None or sampled.logprob is None:
+            raise RuntimeError(f"{self.id} asked for no log-probabilities of its prompt")
+        token = self.prompt_ids[len(scores)]
+        scores.append(TokenLogprob(token, sampled.logprob if sampled.id == token else -math.inf, sampled.top))
 
     def append(self, delta: Delta) -> None:
         """Adds a delta to the queue."""

@@ -6,15 +6,15 @@ One step at a time: schedule, run, record, detokenise. Knows nothing of files, p
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .batches import Batches, row_of
+from .batches import Batches, rows_of
 from .deltas import Delta, Detokeniser, Job, TokenLogprob
-from .engine import BlockManager, Request, SamplingParams, ScheduledStep, Scheduler
+from .engine import BlockManager, Request, SamplingParams, ScheduledStep, Scheduler, Speculation
 from .errors import PolyheadError, RequestError
 from .lookahead import Ahead, can_foresee
 from .runtime.contract import Batch, LoadedModel, SampledToken
@@ -32,11 +32,19 @@ class Generation:
     that have new deltas or an error; :meth:`take` hands them out one by one.
     """
 
-    def __init__(self, model: LoadedModel, tokenizer: Tokenizer | None, *, prefix_cache: bool = True) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        tokenizer: Tokenizer | None,
+        *,
+        prefix_cache: bool = True,
+        speculation: Speculation | None = None,
+    ) -> None:
         """``prefix_cache``: keep the KV blocks of what was computed for prompts that begin alike. Without it only the
-        samples of one prompt share blocks.
+        samples of one prompt share blocks. ``speculation``: guess tokens, and check several in a step.
         """
         self.model = model
+        self._speculation = speculation
         self._tokenizer = tokenizer
         self._prefix_cache = prefix_cache
         self._begin()
@@ -48,8 +56,14 @@ class Generation:
     def _begin(self) -> None:
         plan = self.model.plan
         self._blocks = BlockManager(plan.num_blocks, plan.block_size)
-        rows = min(plan.max_batch, plan.max_logit_rows)
-        self._scheduler = Scheduler(self._blocks, plan.max_tokens, rows, plan.context)
+        self._scheduler = Scheduler(
+            self._blocks,
+            plan.max_tokens,
+            plan.max_batch,
+            plan.context,
+            max_logit_rows=plan.max_logit_rows,
+            speculation=self._speculation,
+        )
         self._batches = Batches(self._scheduler.max_sequences)
 
     @property
@@ -151,18 +165,26 @@ class Generation:
             sampled = self._run(step) if step.requests else []
         except PolyheadError as error:
             self._ahead = None
-            concerned = step.requests if error.row is None else [step.sampled[error.row]]
+            concerned = step.requests if error.row is None else [_owner(step, error.row)]
             for request in concerned:  # what is left is planned anew
                 self._fail(request, error, news)
             return news
-        for request in self._scheduler.postprocess(step, [token.id for token in sampled]):
+        count = step.num_choices
+        for request in self._scheduler.postprocess(step, [token.id for token in sampled[:count]]):
             if request.error is not None:
                 self._fail(request, request.error, news)
-        for request, token in zip(step.sampled, sampled, strict=True):
+        for (request, _), token in zip(step.scored, sampled[count:], strict=True):
             found = self._texts.get(request.id)
-            if found is None:  # aborted
+            if found is not None:
+                found[0].score(token)
+        pairs = _choices(step, sampled) if step.drafts else zip(step.sampled, sampled, strict=False)
+        for request, token in pairs:
+            found = self._texts.get(request.id)
+            if found is None:  # aborted, or ended by a stop string before this token
                 continue
             job, text = found
+            if text.pushed == len(request.output_ids):  # it followed a wrong guess
+                continue
             try:
                 delta = text.push(token)
             except PolyheadError as error:  # one request's text must not cost the others theirs
@@ -239,8 +261,8 @@ class Generation:
             pending = ahead.pending
         else:
             batch = self._batches.of(step)
-            pending = self.model.submit(batch, [row_of(request) for request in step.sampled])
-        if self.model.runs_ahead and can_foresee(step):
+            pending = self.model.submit(batch, rows_of(step))
+        if self.model.runs_ahead and can_foresee(step) and not self._scheduler.guesses:
             self._ahead = Ahead.submit(self.model, step, batch or self._batches.of(step), pending)
         return pending.result()
 
@@ -250,7 +272,7 @@ class Generation:
         lost = PolyheadError("the generation was interrupted")
         try:
             for job, text in list(self._texts.values()):
-                if text.pushed != len(text.request.output_ids) and job.error is None:
+                if (text.pushed != len(text.request.output_ids) or job.lacks_scores) and job.error is None:
                     text.request.error = lost
                     self._end(job)
             self._scheduler.check_integrity()
@@ -260,3 +282,15 @@ class Generation:
                     job.requests[0].error = lost
             self._texts.clear()
             self._begin()
+
+
+def _owner(step: ScheduledStep, row: int) -> Request:
+    """The request of a row of logits."""
+    owners = [*(request for request, _ in step.choices()), *(request for request, _ in step.scored)]
+    return owners[row]
+
+
+def _choices(step: ScheduledStep, sampled: Sequence[SampledToken]) -> Iterator[tuple[Request, SampledToken]]:
+    """Each choice of a step with its request, those of one request in the order of their positions."""
+    for (request, _), token in zip(step.choices(), sampled, strict=False):
+        yield request, token

@@ -14,7 +14,7 @@ from . import devices
 from .completion import Completion, Stream
 from .config import LoadedConfig, load_config
 from .deltas import Delta, Job
-from .engine import SamplingParams
+from .engine import NgramDrafter, SamplingParams, Speculation
 from .errors import PolyheadError, RequestError, TemplateError, TokenizerError
 from .generation import Generation
 from .model import Model
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from .config.schema import SpeculationConfig
     from .runtime.memory import MemoryPlan
     from .tokenizer import Tokenizer
 
@@ -85,7 +86,10 @@ class LLM:
                 progress,
             )
             self._generation: Generation | None = Generation(
-                runtime, self.tokenizer, prefix_cache=config.runtime.prefix_cache
+                runtime,
+                self.tokenizer,
+                prefix_cache=config.runtime.prefix_cache,
+                speculation=_speculation(config.runtime.speculation),
             )
         except BaseException:
             self.model.close()
@@ -287,3 +291,9 @@ class LLM:
         if self._generation is None:
             raise PolyheadError("the LLM is closed")
         return self._generation
+
+
+def _speculation(config: SpeculationConfig | None) -> Speculation | None:
+    if config is None:
+        return None
+    return Speculation(NgramDrafter(config.max_tokens, config.ngram_max, config.ngram_min))

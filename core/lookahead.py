@@ -50,7 +50,7 @@ def can_foresee(step: ScheduledStep) -> bool:
 
     Its position must lie in a block that it holds, and nothing about how it is chosen may depend on the token before.
     """
-    if not step.requests or step.decodes < len(step.requests):
+    if not step.requests or step.decodes < len(step.requests):  # prompts and guesses
         return False
     for request in step.requests:
         cached = request.num_cached_tokens + 1  # when this step is done

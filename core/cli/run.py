@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from .options import settings, source_argument
 from .prompts import gather
 
 if TYPE_CHECKING:
-    from ..generation import Delta
+    from ..generation import Delta, TokenLogprob
     from ..llm import LLM, Stream
 
 
@@ -170,22 +171,17 @@ def record(llm: LLM, job: Job) -> dict[str, Any]:
     seconds = job.last - job.started
     logprobs = None
     if job.deltas[0].logprobs is not None:
-        logprobs = [
-            {
-                "token_id": item.token_id,
-                "token": llm.tokenizer.token(item.token_id),
-                "logprob": item.logprob,
-                "top": [[token, value] for token, value in item.top],
-            }
-            for delta in job.deltas
-            for item in delta.logprobs or ()
-        ]
+        logprobs = [_logprob(llm, item) for delta in job.deltas for item in delta.logprobs or ()]
+    scores = job.stream.prompt_logprobs
     return {
         "prompt": job.prompt,
         "text": job.text,
         "token_ids": ids,
         "finish_reason": job.deltas[-1].finish_reason,
         "logprobs": logprobs,
+        "prompt_logprobs": scores and [None if item is None else _logprob(llm, item) for item in scores],
+        "drafted_tokens": job.stream.drafted_tokens,
+        "accepted_tokens": job.stream.accepted_tokens,
         "timing": {
             "prompt_tokens": job.prompt_tokens,
             "generated_tokens": len(ids),
@@ -193,6 +189,15 @@ def record(llm: LLM, job: Job) -> dict[str, Any]:
             "seconds": round(seconds, 6),
             "tokens_per_second": round(len(ids) / seconds, 3) if seconds else None,
         },
+    }
+
+
+def _logprob(llm: LLM, item: TokenLogprob) -> dict[str, Any]:
+    return {
+        "token_id": item.token_id,
+        "token": llm.tokenizer.token(item.token_id),
+        "logprob": item.logprob if math.isfinite(item.logprob) else None,
+        "top": [[token, value] for token, value in item.top],
     }
 
 
@@ -210,5 +215,13 @@ def _closing(llm: LLM, jobs: list[Job], seconds: float) -> str:
     return (
         f"polyhead: {sum(job.prompt_tokens for job in jobs):,} prompt tokens, {made:,} generated in {seconds:.2f} s: "
         f"{made / seconds if seconds else 0:.1f} tok/s, the first after {first:.2f} s"
+        + guesses_text(sum(job.stream.drafted_tokens for job in jobs), sum(job.stream.accepted_tokens for job in jobs))
         + (f"; {which} cut at {why}" if cut else "")
     )
+
+
+def guesses_text(drafted: int, accepted: int) -> str:
+    """How good the guesses of runtime.speculation were; empty where there were none."""
+    if not drafted:
+        return ""
+    return f"; {accepted:,} of {drafted:,} guessed tokens were right ({accepted / drafted:.0%})"

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from ..engine.drafting import MAX_DRAFT
 from ..engine.sampling import MAX_BIASES, MAX_LOGPROBS, MAX_SAMPLES, MAX_STOP_CHARS, MAX_STOP_TOKENS, MAX_STOPS
 from ..errors import SourceError
 from ..sources.reference import parse_reference
@@ -111,6 +112,14 @@ def _shorthand(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
+def _method(value: Any) -> Any:
+    if isinstance(value, str):
+        if value != "ngram":
+            raise ValueError("is not a way to guess tokens; expected ngram, a mapping with method, or null")
+        return {"method": value}
+    return value
+
+
 _Bias = Annotated[float, Field(allow_inf_nan=True), AfterValidator(_bias)]
 
 
@@ -140,6 +149,28 @@ class ModelConfig(Section):
         default=(),
         description="Metadata keys of the file that you accept being ignored although they may change the output.",
     )
+
+
+class SpeculationConfig(Section):
+    """Guessing tokens from what prompt and output already say, and checking several in one step."""
+
+    method: Literal["ngram"] = Field(
+        default="ngram", description="ngram: what followed the last tokens before is the guess (prompt lookup)."
+    )
+    max_tokens: int = Field(
+        default=7,
+        ge=1,
+        le=MAX_DRAFT,
+        description="Most tokens guessed at once; runtime.max_batch must be larger.",
+    )
+    ngram_max: int = Field(default=4, ge=1, le=MAX_DRAFT, description="Most last tokens that are looked for.")
+    ngram_min: int = Field(default=2, ge=1, le=MAX_DRAFT, description="Fewest last tokens that are looked for.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SpeculationConfig:
+        if self.ngram_min > self.ngram_max:
+            raise ValueError(f"has ngram_min {self.ngram_min} above ngram_max {self.ngram_max}")
+        return self
 
 
 class RuntimeConfig(Section):
@@ -175,12 +206,28 @@ class RuntimeConfig(Section):
         default=True,
         description="Keep the KV blocks of prompts and outputs, as memory allows, for requests that begin alike.",
     )
+    speculation: Annotated[
+        SpeculationConfig | None, BeforeValidator(_method, json_schema_input_type=str | SpeculationConfig | None)
+    ] = Field(
+        default=None,
+        description="Guess tokens and check several in a step: the same output in fewer steps where it repeats what "
+        "was there before. ngram, or a mapping with method and more; null: off.",
+    )
     threads: int | None = Field(
         default=None,
         ge=1,
         le=4096,
         description="Threads of the CPU runtime's matrix products; null: as many as there are cores.",
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RuntimeConfig:
+        if self.speculation is not None and self.max_batch <= self.speculation.max_tokens:
+            raise ValueError(
+                f"has speculation of up to {self.speculation.max_tokens} tokens, which needs a max_batch above that; "
+                f"it is {self.max_batch}"
+            )
+        return self
 
 
 class SamplingConfig(Section):
@@ -226,6 +273,9 @@ class SamplingConfig(Section):
         le=MAX_LOGPROBS,
         description="Log-probabilities to report for each token: of the chosen one and of this many likeliest; "
         "null: none.",
+    )
+    prompt_logprobs: int | None = Field(
+        default=None, ge=0, le=MAX_LOGPROBS, description="The same for each token of the prompt but the first."
     )
     n: int = Field(default=1, ge=1, le=MAX_SAMPLES, description="Samples of each prompt, which is computed once.")
 

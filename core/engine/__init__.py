@@ -6,9 +6,11 @@ Pure policy in plain Python: knows nothing of devices, models, tokenizers or fil
 from __future__ import annotations
 
 from .block_manager import BlockManager
+from .drafting import NgramDrafter
 from .request import FinishReason, Request, Status
 from .sampling import SamplingParams
 from .scheduler import Scheduler
+from .speculation import Speculation
 from .step import Chunk, ScheduledStep
 from .stop import StopMatcher
 
@@ -16,10 +18,12 @@ __all__ = [
     "BlockManager",
     "Chunk",
     "FinishReason",
+    "NgramDrafter",
     "Request",
     "SamplingParams",
     "ScheduledStep",
     "Scheduler",
+    "Speculation",
     "Status",
     "StopMatcher",
 ]

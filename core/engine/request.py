@@ -15,6 +15,7 @@ from typing import Literal
 
 from ..errors import PolyheadError, RequestError
 from .block_keys import block_key, root_key
+from .drafting import Lookup
 from .sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -41,9 +42,10 @@ class Request:
     The scheduler alone changes these: ``status``; ``num_cached_tokens``, the first so many tokens have their keys and
     values in the cache; ``block_table``, the physical blocks that hold them, with room for ``held_tokens``;
     ``num_published``, the first so many blocks of the table may be found by others; ``num_reused_tokens``, so many
-    tokens of the prompt were found when the request was first admitted; ``rank``, its place in the order of requests;
-    ``final``, no more tokens than this will ever be cached; ``next_event``, the number of cached tokens at which
-    something is due besides the next token.
+    tokens of the prompt were found when the request was first admitted; ``num_scored``, of the first so many tokens of
+    the prompt the log-probability is known or not asked for; ``num_drafted`` tokens were guessed and ``num_accepted``
+    of them right; ``rank``, its place in the order of requests; ``final``, no more tokens than this will ever be
+    cached; ``next_event``, the number of cached tokens at which something is due besides the next token.
     """
 
     __slots__ = (
@@ -56,11 +58,15 @@ class Request:
         "foreseeable",
         "held_tokens",
         "id",
+        "lookup",
         "next_event",
+        "num_accepted",
         "num_cached_tokens",
+        "num_drafted",
         "num_preemptions",
         "num_published",
         "num_reused_tokens",
+        "num_scored",
         "output_ids",
         "params",
         "priority",
@@ -114,7 +120,10 @@ class Request:
         self.error: PolyheadError | None = None
         self.rank = (0, 0)
         self.held_tokens = self.num_cached_tokens = self.num_published = self.num_reused_tokens = 0
-        self.num_preemptions = 0
+        self.num_preemptions = self.num_drafted = self.num_accepted = 0
+        # The first token of a text follows nothing and has no log-probability.
+        self.num_scored = len(self.prompt_ids) if self.params.prompt_logprobs is None else 1
+        self.lookup: Lookup | None = None
         self.final = self.next_event = 0
         self.block_table: list[int] = []
         own = frozenset(self.params.stop_token_ids)
@@ -130,6 +139,7 @@ class Request:
         other.id, other.sample = request_id, sample
         other.seed = (self.seed + sample * _SEED_STEP) % 2**64
         other.block_keys, other.output_ids, other.block_table = list(self.block_keys), [], []
+        other.num_scored = len(self.prompt_ids)  # once for all samples
         return other
 
     def __repr__(self) -> str:
@@ -162,6 +172,12 @@ class Request:
         if start >= n:
             return self.output_ids[start - n : stop - n]
         return [*self.prompt_ids[start:stop], *self.output_ids[: max(stop - n, 0)]]
+
+    def unscored(self, start: int, end: int) -> range:
+        """The positions of prompt tokens whose log-probabilities are wanted and come of computing ``start:end``."""
+        if self.num_scored >= len(self.prompt_ids):
+            return range(0)
+        return range(max(start + 1, self.num_scored), min(end + 1, len(self.prompt_ids)))
 
     def extend_keys(self, block_size: int, count: int) -> None:
         """Makes ``block_keys`` those of at least the first ``count`` blocks of its tokens, all of them full. Without a

@@ -50,6 +50,8 @@ class SamplingParams:
         token. The mapping is copied; treat the copy as read-only.
     logprobs: None, or 0 to 20: report the log-probability of each token and of so many of the most likely. They come
         from the model's own logits, before any of the above.
+    prompt_logprobs: None, or 0 to 20: the same for each token of the prompt but the first. The prompt is then computed
+        whole, whatever of it is in the cache.
     n: 1 to 128; so many samples of the prompt, which is computed once. Sample i has the seed
         ``(seed + i * 0x9E3779B97F4A7C15) mod 2**64``, so sample 0 is what n = 1 gives; greedy samples are alike.
     """
@@ -69,6 +71,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     n: int = 1
 
     def __post_init__(self) -> None:
@@ -88,8 +91,10 @@ class SamplingParams:
         if not isinstance(self.ignore_eos, bool):
             _refuse("ignore_eos", self.ignore_eos, "True or False")
         self._set("logit_bias", _logit_bias(self.logit_bias))
-        if self.logprobs is not None:
-            self._set("logprobs", _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, note=", or None"))
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None:
+                self._set(name, _integer(name, value, 0, MAX_LOGPROBS, note=", or None"))
         self._set("n", _integer("n", self.n, 1, MAX_SAMPLES))
 
     def _set(self, name: str, value: object) -> None:

@@ -6,13 +6,14 @@ Pure policy: knows nothing of devices, text or sampling. Not thread-safe; one lo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 
 from ..errors import CapacityError, ConfigError, RequestError
+from .admission import Admission
 from .block_manager import BlockManager
 from .request import FinishReason, Request, Status
 from .roster import Roster
-from .step import ScheduledStep
+from .speculation import Speculation
+from .step import Draft, ScheduledStep, scored_chunk
 
 AGEING_STEPS = 256
 
@@ -24,7 +25,7 @@ class Scheduler:
 
         while scheduler.has_work:
             step = scheduler.schedule()
-            ids = run(step) if step.requests else []       # one token id for each of step.sampled
+            ids = run(step) if step.requests else []       # one token id for each of step.choices()
             finished = scheduler.postprocess(step, ids)
 
     **Order.** A request has a rank for life: ``(steps done when it came + priority * ageing_steps, order of arrival)``,
@@ -44,6 +45,14 @@ class Scheduler:
     for its beginning, but always computes its last token itself. While a request of a lower rank computes the very
     block that the head of the queue needs next, the head waits for it. It is assumed that steps are carried out in the
     order in which they are handed over: a block given up may be handed out while the step under way still reads it.
+
+    **Guesses.** With ``speculation`` a decoding request may be given several tokens in a step: its last one and guesses
+    at those after it. Every one of them is followed by a choice of the model; those choices count up to the first guess
+    that is not what the model chose. As a choice depends on the tokens before it and its position alone, the tokens are
+    those that come without guesses.
+
+    **Log-probabilities of prompts.** A row of logits is wanted for each such token. There are ``max_logit_rows`` in a
+    step, and every running request can have one of them, so such a prompt is taken in smaller chunks.
     """
 
     def __init__(
@@ -54,14 +63,20 @@ class Scheduler:
         context: int,
         *,
         ageing_steps: int = AGEING_STEPS,
+        max_logit_rows: int | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         """``context``: the most tokens, prompt and output, that one request may have; it ends there with "length".
+        ``max_logit_rows``: as many rows as a step may have logits of; None: one for each sequence.
 
-        At most ``min(max_sequences, max_tokens_per_step)`` requests run at once, so that each can decode in each step.
+        At most ``min(max_sequences, max_tokens_per_step, max_logit_rows)`` requests run at once, so that each can
+        decode in each step.
         """
+        rows = min(max_sequences, max_tokens_per_step) if max_logit_rows is None else max_logit_rows
         limits = {
             "max_tokens_per_step": max_tokens_per_step,
             "max_sequences": max_sequences,
+            "max_logit_rows": rows,
             "ageing_steps": ageing_steps,
         }
         for name, value in limits.items():
@@ -71,10 +86,13 @@ class Scheduler:
             raise ConfigError(f"context must be at least 2 (a prompt token and a generated one), got {context}")
         self.block_manager = block_manager
         self.max_tokens_per_step = max_tokens_per_step
-        self.max_sequences = min(max_sequences, max_tokens_per_step)
+        self.max_logit_rows = rows
+        self.max_sequences = min(max_sequences, max_tokens_per_step, rows)
         self.context = context
         self.ageing_steps = ageing_steps
+        self.speculation = speculation
         self._roster = Roster(block_manager)
+        self._admission = Admission(self._roster, self.max_sequences, max_tokens_per_step, rows)
         self._failed: list[Request] = []  # ended by schedule(), not yet returned by postprocess()
         self._step: ScheduledStep | None = None
         self._steps = self._arrivals = 0
@@ -138,29 +156,44 @@ class Scheduler:
         for request in [r for r in roster.decoding if r.held_tokens < r.num_cached_tokens + 2]:
             if request.status is Status.RUNNING:  # not sent back for one before it
                 self._make_room(request)
-        while roster.waiting and self._admit():
-            pass
-        budget = self.max_tokens_per_step - len(roster.decoding)
+        while (head := self._admission.next()) is not None:
+            self._fail(head)
+        decoding: Sequence[Request] = roster.decoding
+        drafts = self._drafts()
+        if drafts:
+            guessing = {request for request, _ in drafts}
+            decoding = [request for request in decoding if request not in guessing]
+        guesses = sum(len(draft) for _, draft in drafts)
+        budget = self.max_tokens_per_step - len(roster.decoding) - guesses
+        rows = self.max_logit_rows - roster.num_running - guesses
         pieces: list[tuple[Request, int]] = []
         for request in roster.prefilling:
             if not budget:
                 break
             chunk = min(request.num_tokens - request.num_cached_tokens, budget)
+            if request.num_scored < len(request.prompt_ids):
+                chunk, scores = scored_chunk(request, chunk, rows)
+                rows -= scores
             pieces.append((request, chunk))
             budget -= chunk
-        self._step = ScheduledStep.of(roster.decoding, pieces)
+        self._step = ScheduledStep.of(decoding, pieces, drafts)
         return self._step
 
+    @property
+    def guesses(self) -> bool:
+        """Whether the next step may hold guesses, so that it cannot be foreseen."""
+        return self.speculation is not None and len(self._roster.decoding) < self.speculation.max_rows
+
     def postprocess(self, step: ScheduledStep, sampled: Sequence[int]) -> list[Request]:
-        """Records that the step was computed and which token ids were sampled, one for each of ``step.sampled``.
+        """Records that the step was computed and which token ids were sampled, one for each of ``step.choices()``.
 
         Returns the requests that ended since the last call, in no promised order, without those ended by ``abort`` or
         ``finish``. One with ``finish_reason`` "error" did not fit into the cache and has the ``error`` to report.
         """
         if step is not self._step:
             raise RuntimeError("postprocess takes the step that the last call of schedule returned, once")
-        if len(sampled) != len(step.sampled):
-            raise RuntimeError(f"the step samples {len(step.sampled)} tokens, but {len(sampled)} were given")
+        if len(sampled) != step.num_choices:
+            raise RuntimeError(f"the step samples {step.num_choices} tokens, but {len(sampled)} were given")
         self._step = None
         self._steps += 1
         finished, self._failed = self._failed, []
@@ -172,7 +205,9 @@ class Scheduler:
             request.output_ids.append(token)
             if cached >= request.next_event or token in request.stop_ids:
                 self._advance(request, finished)
-        if step.decodes < len(step.requests):
+        if step.drafts:
+            self._postprocess_drafts(step, sampled, finished)
+        if step.decodes + len(step.drafts) < len(step.requests):
             self._postprocess_prefill(step, sampled, finished)
         return finished
 
@@ -181,8 +216,11 @@ class Scheduler:
         self._roster.check_integrity()
 
     def _postprocess_prefill(self, step: ScheduledStep, sampled: Sequence[int], finished: list[Request]) -> None:
-        tokens = dict(zip(step.sampled[step.decodes :], sampled[step.decodes :], strict=True))
-        for s in range(step.decodes, len(step.requests)):
+        for request, position in step.scored:
+            request.num_scored = position + 1
+        first = step.decodes + len(step.drafts)
+        tokens = dict(zip(step.sampled[first:], sampled[first : len(step.sampled)], strict=True))
+        for s in range(first, len(step.requests)):
             request = step.requests[s]
             if request.status is Status.FINISHED:
                 continue
@@ -193,6 +231,34 @@ class Scheduler:
                 self._advance(request, finished)
             else:
                 self._roster.publish(request)
+
+    def _postprocess_drafts(self, step: ScheduledStep, sampled: Sequence[int], finished: list[Request]) -> None:
+        """Takes the choices of each draft as far as they follow from right guesses."""
+        row = len(step.sampled)
+        for (request, draft), token in zip(step.drafts, sampled[step.decodes :], strict=False):
+            choices = (token, *sampled[row : row + len(draft)])
+            row += len(draft)
+            right = 0
+            for number, choice in enumerate(choices):
+                if request.status is Status.FINISHED:
+                    break
+                request.num_cached_tokens += 1
+                request.output_ids.append(choice)
+                self._advance(request, finished)
+                if number == len(draft) or choice != draft[number]:
+                    break
+                right += 1
+            request.num_drafted += len(draft)
+            request.num_accepted += right
+            if self.speculation is not None:
+                self.speculation.drafter.learn(request, len(draft), right)
+
+    def _drafts(self) -> list[Draft]:
+        if self.speculation is None:
+            return []
+        prefilling = len(self._roster.prefilling)  # each may need a row, and moves by a token at least
+        rows = min(self.max_logit_rows, self.max_tokens_per_step) - prefilling
+        return self.speculation.drafts(self._roster, rows)
 
     def _advance(self, request: Request, finished: list[Request]) -> None:
         """What is due when a token was sampled: blocks are published, the request may end."""
@@ -217,58 +283,6 @@ class Scheduler:
             roster.preempt(last)
             if last is request:
                 return
-
-    def _admit(self) -> bool:
-        """Moves the head of the queue to the running requests, if it fits; one that never will is ended with an error.
-
-        A spare block is left for each running request: each may need one soon, and would take it from the newcomer.
-        """
-        roster, manager = self._roster, self.block_manager
-        head, running = roster.waiting[0], roster.num_running
-        full = running >= self.max_sequences or manager.free_blocks <= running
-        if full and running and roster.last.rank < head.rank:  # nobody would make way, so the cheap answer holds
-            return False
-        before = sum(r.num_tokens - r.num_cached_tokens for r in roster.prefilling if r.rank < head.rank)
-        if before and before >= self.max_tokens_per_step - len(roster.decoding):
-            return False
-        reusable = 0 if head.cache_salt is None else (head.num_tokens - 1) // manager.block_size
-        head.extend_keys(manager.block_size, reusable)
-        found = manager.find(islice(head.block_keys, reusable))
-        if len(found) < reusable and self._under_way(head.block_keys[len(found)], head):
-            return False
-        if self._fits(head, found) or self._make_way(head, found):
-            roster.start(head, found)
-        elif running:
-            return False
-        else:
-            self._fail(head)
-        return True
-
-    def _under_way(self, key: bytes, head: Request) -> bool:
-        """Whether a request before ``head`` is about to compute the block of this key."""
-        size = self.block_manager.block_size
-        for request in self._roster.prefilling:
-            if request.rank < head.rank:
-                request.extend_keys(size, request.num_tokens // size)
-                if key in request.block_keys[request.num_published : request.num_published + 1]:
-                    return True
-        return False
-
-    def _fits(self, head: Request, found: Sequence[int]) -> bool:
-        running = self._roster.num_running
-        return running < self.max_sequences and self.block_manager.can_allocate(head.num_tokens, running, found)
-
-    def _make_way(self, head: Request, found: Sequence[int]) -> bool:
-        """Sends requests of a higher rank than ``head`` back to the queue until it fits; none if that is not enough."""
-        roster = self._roster
-        higher = [r for r in (*roster.decoding, *roster.prefilling) if r.rank > head.rank]
-        tables = [request.block_table for request in higher]
-        spare = roster.num_running - len(higher)
-        if not higher or not self.block_manager.can_allocate(head.num_tokens, spare, found, tables):
-            return False
-        while not self._fits(head, found):
-            roster.preempt(roster.last)
-        return True
 
     def _fail(self, request: Request) -> None:
         """Ends a request that does not fit although no other one runs."""

@@ -38,20 +38,25 @@ def alone(request: Request, context: int, capacity: int) -> tuple[list[int], str
 
 @dataclass
 class PagedModel:
-    """Runs scheduled steps. ``written`` counts the tokens it was given."""
+    """Runs scheduled steps. ``written`` counts the tokens it was given, ``scored`` lists for each request the positions
+    of its prompt whose log-probabilities it was given.
+    """
 
     block_size: int
     cache: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    scored: dict[str, list[int]] = field(default_factory=dict)
     written: int = 0
 
     def run(self, step: ScheduledStep) -> list[int]:
         assert step.query_start[0] == 0
         assert step.query_start[-1] == len(step.tokens) == len(step.positions)
         self.written += len(step.tokens)
-        histories = {}
+        histories: dict[int, tuple[Request, list[int]]] = {}  # of each row: whose it is, and the tokens up to it
+        drafts = dict(step.drafts)
         for s, request in enumerate(step.requests):
             rows = range(step.query_start[s], step.query_start[s + 1])
-            history = request.tokens(0, step.context_lens[s])
+            draft = drafts.get(request, ())
+            history = [*request.tokens(0, step.context_lens[s] - len(draft)), *draft]
             assert step.tokens[rows[0] : rows[-1] + 1] == history[-len(rows) :]
             assert step.positions[rows[0] : rows[-1] + 1] == list(range(len(history) - len(rows), len(history)))
             hashes = [0]
@@ -62,10 +67,18 @@ class PagedModel:
                 position = step.positions[row]
                 block, slot = divmod(position, self.block_size)
                 self.cache[table[block], slot] = (position, hashes[position + 1])
+                histories[row] = request, history[: position + 1]
             for position in range(len(history)):
                 block, slot = divmod(position, self.block_size)
                 assert self.cache[table[block], slot] == (position, hashes[position + 1]), f"{request} at {position}"
-            histories[rows[-1]] = history, request
-        sampled = [histories[row] for row in step.logit_rows]
-        assert [request for _, request in sampled] == list(step.sampled)
-        return [next_token(history, request.seed) for history, request in sampled]
+        wanted = [histories[row] for row in step.logit_rows]
+        assert [request for request, _ in wanted[: len(step.sampled)]] == list(step.sampled)
+        assert all(len(history) == request.num_tokens for request, history in wanted[: len(step.sampled)])
+        for (request, ahead), (owner, history) in zip(step.choices(), wanted, strict=False):
+            assert owner is request
+            assert len(history) == request.num_tokens + ahead
+        for (request, position), (owner, history) in zip(step.scored, wanted[step.num_choices :], strict=True):
+            assert owner is request
+            assert history == list(request.prompt_ids[:position])
+            self.scored.setdefault(request.id, []).append(position)
+        return [next_token(history, request.seed) for request, history in wanted[: step.num_choices]]

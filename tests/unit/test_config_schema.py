@@ -92,7 +92,7 @@ def test_every_key_has_a_description() -> None:
 def test_the_json_schema_is_json_and_forbids_unknown_keys() -> None:
     schema = json.loads(json.dumps(RunConfig.model_json_schema(), allow_nan=False))
     objects = [schema, *(d for d in schema["$defs"].values() if d["type"] == "object")]
-    assert len(objects) == 5
+    assert len(objects) == 6
     assert all(item["additionalProperties"] is False for item in objects)
     assert schema["required"] == ["model"]
     assert {"type": "string"} in schema["properties"]["model"]["anyOf"]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from paged_model import EOS, VOCAB, PagedModel, alone
-from polyhead.engine import BlockManager, Request, SamplingParams, Scheduler
+from paged_model import EOS, VOCAB, PagedModel, alone, next_token
+from polyhead.engine import BlockManager, NgramDrafter, Request, SamplingParams, Scheduler, Speculation
 from polyhead.errors import CapacityError, RequestError
 
 STOP = 5
@@ -42,11 +42,12 @@ def arrivals(draw: st.DrawFn) -> Arrival:
         prompt=(*shared, *own),
         params=SamplingParams(
             max_tokens=max_tokens,
-            min_tokens=draw(st.integers(0, max_tokens)),
+            min_tokens=draw(st.one_of(st.just(0), st.just(0), st.integers(0, max_tokens))),
             stop_token_ids=draw(st.sampled_from([(), (STOP,)])),
             ignore_eos=draw(st.booleans()),
             seed=draw(st.integers(0, 3)),
             n=draw(st.sampled_from([1, 1, 1, 2, 3])),
+            prompt_logprobs=draw(st.sampled_from([None, None, None, 0])),
         ),
         priority=draw(st.sampled_from([0, 0, -1, 2])),
         salt=draw(st.sampled_from([b"", b"", b"", b"other", None])),
@@ -74,6 +75,33 @@ def abort_some(scheduler: Scheduler, requests: list[Request]) -> list[Request]:
     return live
 
 
+@dataclass
+class Guesser:
+    """A drafter that guesses what really comes, but for one token in ``wrong``."""
+
+    most: int
+    wrong: int
+
+    def draft(self, request: Request, most: int) -> tuple[int, ...]:
+        history = request.tokens(0, request.num_tokens)
+        guess = []
+        for number in range(min(most, self.most)):
+            right = next_token(history + guess, request.seed)
+            guess.append((right + ((request.num_tokens + number) % self.wrong == 0)) % VOCAB)
+        return tuple(guess)
+
+    def learn(self, request: Request, drafted: int, accepted: int) -> None:
+        assert 0 <= accepted <= drafted > 0
+
+
+drafters = st.one_of(
+    st.none(),
+    st.builds(Guesser, st.integers(1, 4), st.integers(1, 5)),
+    st.builds(Guesser, st.integers(1, 4), st.integers(2, 9)),
+    st.builds(NgramDrafter, st.integers(1, 4), ngram_max=st.just(2), ngram_min=st.integers(1, 2)),
+)
+
+
 def cost(request: Request) -> int:
     """Steps that a request takes at most while it is the one of the lowest rank."""
     return len(request.prompt_ids) + request.params.max_tokens + 1
@@ -82,19 +110,30 @@ def cost(request: Request) -> int:
 @settings(max_examples=300, deadline=None)
 @given(
     plan=st.lists(arrivals(), min_size=1, max_size=8),
-    num_blocks=st.integers(1, 12),
+    num_blocks=st.one_of(st.integers(1, 12), st.integers(30, 60)),
     block_size=st.integers(1, 4),
     budget=st.integers(1, 12),
     max_sequences=st.integers(1, 5),
     context=st.integers(2, 30),
     ageing=st.sampled_from([1, 4, 256]),
     fail=st.sets(st.integers(0, 40), max_size=3),
+    drafter=drafters,
+    draft_rows=st.integers(2, 12),
+    more_rows=st.integers(0, 6),
 )
 def test_every_request_ends_once_with_the_tokens_it_gets_alone_and_no_block_is_lost(
-    plan, num_blocks, block_size, budget, max_sequences, context, ageing, fail
+    plan, num_blocks, block_size, budget, max_sequences, context, ageing, fail, drafter, draft_rows, more_rows
 ):
     manager = BlockManager(num_blocks, block_size)
-    scheduler = Scheduler(manager, budget, max_sequences, context, ageing_steps=ageing)
+    scheduler = Scheduler(
+        manager,
+        budget,
+        max_sequences,
+        context,
+        ageing_steps=ageing,
+        max_logit_rows=max_sequences + more_rows,
+        speculation=None if drafter is None else Speculation(drafter, draft_rows),
+    )
     model = PagedModel(block_size)
     coming: dict[int, list[Request]] = {}
     cancels: dict[int, list[tuple[Request, bool]]] = {}
@@ -124,6 +163,10 @@ def test_every_request_ends_once_with_the_tokens_it_gets_alone_and_no_block_is_l
         scheduler.check_integrity()
         assert len(step.tokens) <= budget
         assert len(step.requests) <= min(max_sequences, budget)
+        assert len(step.logit_rows) <= max_sequences + more_rows
+        assert len(set(step.logit_rows)) == len(step.logit_rows)
+        if step.drafts:
+            assert step.decodes + sum(1 + len(draft) for _, draft in step.drafts) <= draft_rows
         live = sorted((r for r in requests if not r.finished), key=lambda r: r.rank)
         if live:
             assert live[0] in step.requests, "the request of the lowest rank moves in every step"
@@ -151,6 +194,13 @@ def test_every_request_ends_once_with_the_tokens_it_gets_alone_and_no_block_is_l
         assert isinstance(request.error, CapacityError) is (request.finish_reason == "error")
         assert 0 <= request.num_reused_tokens < len(request.prompt_ids)
         assert request.num_reused_tokens % block_size == 0
+        if request.params.prompt_logprobs is not None and request.sample == 0 and request.output_ids:
+            assert sorted(set(model.scored.get(request.id, []))) == list(range(1, len(request.prompt_ids)))
+            if not fail:
+                assert model.scored.get(request.id, []) == list(range(1, len(request.prompt_ids)))
+        else:
+            assert request.sample == 0 or request.id not in model.scored
+    event(f"guessed: {any(r.num_drafted for r in requests)}, right: {any(r.num_accepted for r in requests)}")
     event(f"preempted: {any(r.num_preemptions for r in requests)}")
     event(f"reused: {any(r.num_reused_tokens for r in requests)}")
 

@@ -112,3 +112,20 @@ def test_a_level_is_worth_so_many_steps_of_waiting():
 def test_what_is_no_priority_is_refused(priority):
     with pytest.raises(RequestError, match="priority must be a 32-bit integer"):
         Request("r", [1], priority=priority)
+
+
+def test_a_prompt_that_makes_way_while_it_is_scored_is_scored_once():
+    scheduler = Scheduler(BlockManager(6, 2), 4, 4, 64, ageing_steps=1)
+    model = PagedModel(2)
+    scored = Request("scored", [1, 2, 3, 4, 5, 6, 7, 8], SamplingParams(max_tokens=2, prompt_logprobs=0, seed=1))
+    scheduler.add(scored)
+    step = scheduler.schedule()
+    scheduler.postprocess(step, model.run(step))
+    assert 1 < scored.num_scored < 8
+    urgent = Request("urgent", [9] * 8, SamplingParams(max_tokens=2, seed=1), priority=-9)
+    scheduler.add(urgent)
+    while scheduler.has_work:
+        step = scheduler.schedule()
+        scheduler.postprocess(step, model.run(step))
+    assert scored.num_preemptions == 1
+    assert model.scored["scored"] == [1, 2, 3, 4, 5, 6, 7]

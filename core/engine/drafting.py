@@ -1,0 +1,120 @@
+"""Drafting: guesses at the next tokens of a request, which one step of the model then checks all at once.
+
+Knows nothing of the model: a guess costs a little of a step where it is wrong, and never changes a result.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..errors import ConfigError
+
+MAX_DRAFT = 32
+_LONGEST_PAUSE = 16
+_WIDTH = 4  # bytes of a token in Lookup.data
+
+
+@dataclass(slots=True)
+class Lookup:
+    """What a drafter keeps of one request: its tokens as int32, and how its guesses went lately.
+
+    ``length`` is the most tokens worth guessing now; None: not tried yet. After guesses of which none was right it
+    rests for ``pause`` tokens, twice as many each time.
+    """
+
+    data: bytearray = field(default_factory=bytearray)
+    length: int | None = None
+    pause: int = 0
+    rests: int = 0
+
+
+class Drafted(Protocol):
+    """What a drafter sees of a request."""
+
+    lookup: Lookup | None
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def tokens(self, start: int, stop: int) -> list[int]: ...
+
+
+class NgramDrafter:
+    """Prompt lookup: where the last tokens stand earlier in prompt or output, what followed there is the guess.
+
+    The longest of ``ngram_max`` to ``ngram_min`` last tokens that occurs counts, at its latest place. A guess may run
+    into itself, so that a repetition of any period is guessed to go on. Good for texts that quote their prompt: edits,
+    summaries, code, answers about a document.
+    """
+
+    def __init__(self, max_tokens: int = 7, ngram_max: int = 4, ngram_min: int = 2) -> None:
+        """``max_tokens``: the most tokens of a guess. Raises ConfigError for a number that makes no sense."""
+        for name, value, low, high in (
+            ("max_tokens", max_tokens, 1, MAX_DRAFT),
+            ("ngram_max", ngram_max, 1, MAX_DRAFT),
+            ("ngram_min", ngram_min, 1, ngram_max),
+        ):
+            if not low <= value <= high:
+                raise ConfigError(f"{name} of speculation must be from {low} to {high}, got {value}")
+        self.max_tokens, self.ngram_max, self.ngram_min = max_tokens, ngram_max, ngram_min
+
+    def draft(self, request: Drafted, most: int) -> tuple[int, ...]:
+        """Up to ``most`` tokens that may follow the request's last one; none where nothing suggests any."""
+        lookup = request.lookup
+        if lookup is None:
+            lookup = request.lookup = Lookup()
+        if lookup.rests > 0:
+            lookup.rests -= 1
+            return ()
+        known = len(lookup.data) // _WIDTH
+        _append(lookup.data, request.tokens(known, request.num_tokens))
+        most = min(most, self.max_tokens if lookup.length is None else lookup.length)
+        at = self._find(lookup.data) if most > 0 else -1
+        if at < 0:
+            return ()
+        follows = array("i")
+        follows.frombytes(bytes(lookup.data[_WIDTH * at : _WIDTH * (at + most)]))
+        guess = follows.tolist()
+        while len(guess) < most:  # it reached the end: what it guessed so far is what comes there
+            guess.append(guess[len(guess) - len(follows)])
+        return tuple(guess)
+
+    def learn(self, request: Drafted, drafted: int, accepted: int) -> None:
+        """Takes note that ``accepted`` of ``drafted`` tokens were right."""
+        lookup = request.lookup
+        if lookup is None:
+            return
+        if accepted == 0:
+            lookup.pause = min(max(1, 2 * lookup.pause), _LONGEST_PAUSE)
+            lookup.rests = lookup.pause
+            lookup.length = max(1, drafted // 2)
+        else:
+            lookup.pause = 0
+            lookup.length = min(self.max_tokens, 2 * drafted if accepted == drafted else max(1, accepted + 1))
+
+    def _find(self, data: bytearray) -> int:
+        """The number of the token after the latest earlier place of the longest ending that occurs, or -1."""
+        end = len(data)
+        for size in range(self.ngram_max, self.ngram_min - 1, -1):
+            width = _WIDTH * size
+            if width >= end:
+                continue
+            ending = bytes(data[end - width :])
+            at = data.rfind(ending, 0, end - _WIDTH)
+            while at >= 0 and at % _WIDTH:  # bytes of two neighbours
+                at = data.rfind(ending, 0, at + width - 1)
+            if at >= 0:
+                return (at + width) // _WIDTH
+        return -1
+
+
+def _append(data: bytearray, tokens: Sequence[int]) -> None:
+    # One token at a time is the rule; for it this is the fastest way.
+    if len(tokens) == 1:
+        data += tokens[0].to_bytes(_WIDTH, sys.byteorder, signed=True)
+    else:
+        data += array("i", tokens).tobytes()
