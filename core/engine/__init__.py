@@ -11,15 +11,18 @@ from .sampling import SamplingParams
 from .scheduler import Scheduler
 from .step import Chunk, ScheduledStep
 from .stop import StopMatcher
+from .structured import Guide, StructuredOutputs
 
 __all__ = [
     "BlockManager",
     "Chunk",
     "FinishReason",
+    "Guide",
     "Request",
     "SamplingParams",
     "ScheduledStep",
     "Scheduler",
     "Status",
     "StopMatcher",
+    "StructuredOutputs",
 ]
