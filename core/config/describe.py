@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from .schema import RunConfig
+from .structured import TextKeys
 
 _SHOWN = 80
 
@@ -135,8 +136,12 @@ def unknown_key(path: Sequence[str]) -> str:
     return f"unknown key{hint}"
 
 
-def takes_text(info: FieldInfo) -> bool:
-    """Whether a field takes any text, alone or as a shorthand (a choice of words is not any text)."""
+def takes_text(info: FieldInfo, key: str = "") -> bool:
+    """Whether a field takes any text, alone or as a shorthand (a choice of words is not any text), or the value of
+    this key in it does.
+    """
+    if any(isinstance(item, TextKeys) and key in item.names for item in info.metadata):
+        return True
     inputs = (getattr(item, "json_schema_input_type", None) for item in info.metadata)
     return _has(info.annotation, str) or any(_has(kind, str) for kind in inputs)
 

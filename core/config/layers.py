@@ -98,7 +98,7 @@ def _add(path: Sequence[str], text: str, origin: str, trees: list[Node], problem
     info = field_at(path)
     assert info is not None, path
     try:
-        value = _literal(text, takes_null(info), takes_list(info)) if takes_text(info) else None
+        value = _literal(text, takes_null(info), takes_list(info)) if takes_text(info, path[-1]) else None
         if value is not None:
             trees.append(nest(path, Node(value[0], origin, origin)))
             return

@@ -1,8 +1,9 @@
 """From a file, a mapping or a model's address to a checked configuration that knows where each value came from.
 
 Order, strongest first: command line, environment, file (or mapping), defaults. Mappings are merged key by key; lists
-are replaced whole. A checksum belongs to the path it was written with: a stronger layer that names another
-``model.path`` drops a weaker layer's ``model.sha256``.
+are replaced whole, and so is ``sampling.structured_outputs``, for half of one form makes no sense in another. A
+checksum belongs to the path it was written with: a stronger layer that names another ``model.path`` drops a weaker
+layer's ``model.sha256``.
 """
 
 from __future__ import annotations
@@ -147,6 +148,10 @@ def _laid_over(root: Node, layer: Node) -> Node:
         if old is None or old.value != path.value:
             kept = {key: node for key, node in model.value.items() if key != "sha256"}
             root = replace(root, value={**root.value, "model": replace(model, value=kept)})
+    sampling, above = root.child("sampling"), layer.child("sampling")
+    if sampling is not None and isinstance(sampling.value, dict) and above and above.child("structured_outputs"):
+        kept = {key: node for key, node in sampling.value.items() if key != "structured_outputs"}
+        root = replace(root, value={**root.value, "sampling": replace(sampling, value=kept)})
     return merge(root, layer)
 
 

@@ -17,6 +17,7 @@ from ..engine.drafting import MAX_DRAFT
 from ..engine.sampling import MAX_BIASES, MAX_LOGPROBS, MAX_SAMPLES, MAX_STOP_CHARS, MAX_STOP_TOKENS, MAX_STOPS
 from ..errors import SourceError
 from ..sources.reference import parse_reference
+from .structured import Structured
 
 _INT32_MAX = 2**31 - 1
 _SEED_MAX = 2**64 - 1
@@ -278,11 +279,20 @@ class SamplingConfig(Section):
         default=None, ge=0, le=MAX_LOGPROBS, description="The same for each token of the prompt but the first."
     )
     n: int = Field(default=1, ge=1, le=MAX_SAMPLES, description="Samples of each prompt, which is computed once.")
+    structured_outputs: Structured = Field(
+        default=None,
+        description="The form of the output: a mapping with one of json (a JSON schema, as a mapping or JSON text; "
+        "true: any object), regex, choice (a list of texts) and grammar (Lark); null: free.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> SamplingConfig:
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"has min_tokens {self.min_tokens} above max_tokens {self.max_tokens}")
+        if self.structured_outputs is not None:
+            for name, given in (("min_tokens", self.min_tokens > 0), ("ignore_eos", self.ignore_eos)):
+                if given:
+                    raise ValueError(f"has structured_outputs and {name}, but a text that is complete can only end")
         return self
 
 

@@ -13,11 +13,13 @@ from .scheduler import Scheduler
 from .speculation import Speculation
 from .step import Chunk, ScheduledStep
 from .stop import StopMatcher
+from .structured import Guide, StructuredOutputs
 
 __all__ = [
     "BlockManager",
     "Chunk",
     "FinishReason",
+    "Guide",
     "NgramDrafter",
     "Request",
     "SamplingParams",
@@ -26,4 +28,5 @@ __all__ = [
     "Speculation",
     "Status",
     "StopMatcher",
+    "StructuredOutputs",
 ]

@@ -13,6 +13,7 @@ from numbers import Real
 from typing import Any, NoReturn
 
 from ..errors import RequestError
+from .structured import StructuredOutputs
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1_000
@@ -54,6 +55,10 @@ class SamplingParams:
         whole, whatever of it is in the cache.
     n: 1 to 128; so many samples of the prompt, which is computed once. Sample i has the seed
         ``(seed + i * 0x9E3779B97F4A7C15) mod 2**64``, so sample 0 is what n = 1 gives; greedy samples are alike.
+    structured_outputs: None, or the form that the text must have: a StructuredOutputs, or a mapping with one of its
+        keys (json, regex, choice, grammar). Tokens that would break it are banned after the logit bias, and the model's
+        own end tokens until it is complete; so it goes with neither min_tokens nor ignore_eos, which would go on after
+        the end. A stop string, a stop token or max_tokens can still cut the text short.
     """
 
     temperature: float = 1.0
@@ -73,6 +78,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self._set("temperature", _number("temperature", self.temperature, 0.0))
@@ -96,6 +102,13 @@ class SamplingParams:
             if value is not None:
                 self._set(name, _integer(name, value, 0, MAX_LOGPROBS, note=", or None"))
         self._set("n", _integer("n", self.n, 1, MAX_SAMPLES))
+        if self.structured_outputs is not None:
+            self._set("structured_outputs", StructuredOutputs.of(self.structured_outputs))
+            for name, given in (("min_tokens", self.min_tokens > 0), ("ignore_eos", self.ignore_eos)):
+                if given:
+                    raise RequestError(
+                        f"structured_outputs cannot be combined with {name}: a text that is complete can only end"
+                    )
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -109,6 +122,11 @@ class SamplingParams:
     def stops(self) -> tuple[str, ...]:
         """``stop`` as the tuple that it was normalised to."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def structured(self) -> StructuredOutputs | None:
+        """``structured_outputs`` as what it was normalised to."""
+        return None if self.structured_outputs is None else StructuredOutputs.of(self.structured_outputs)
 
     def validate_for(self, vocab_size: int) -> None:
         """Raises ``RequestError`` if a token id in ``logit_bias`` or ``stop_token_ids`` is not below vocab_size."""

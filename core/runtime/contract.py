@@ -5,7 +5,7 @@ Knows nothing of requests, scheduling policy, files or plugins.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -40,6 +40,11 @@ class SamplingRow:
 
     ``repetition`` counts prompt and output, ``presence`` and ``frequency`` only output. ``logprobs`` None: none;
     n: that of the sampled token and of the n most likely, from the unmodified logits.
+
+    ``allowed`` gives the tokens that may be chosen, int32 [ceil(vocab / 32)]: bit t % 32 of word t // 32, counted from
+    the least significant, is token t's. It is called when the logits are on their way, so that it may be worked out
+    while the device computes. Tokens whose bit is not set count as -inf, after the bias and before the penalties. What
+    it raises concerns this row alone.
     """
 
     seed: int
@@ -55,6 +60,7 @@ class SamplingRow:
     prompt_ids: Sequence[int] = ()
     output_ids: Sequence[int] = ()
     logprobs: int | None = None
+    allowed: Callable[[], NDArray[np.int32]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +158,8 @@ class LoadedModel(Protocol):
         """As :meth:`step`, without waiting. At most one other step may be under way.
 
         ``after``: the step under way, of as many sequences; row i's token is the one that step samples for its row i,
-        whatever ``batch.tokens`` says. Rows may then have no penalties, which need to know that token.
+        whatever ``batch.tokens`` says. Rows may then have neither penalties nor ``allowed``, which need to know that
+        token.
         """
         ...
 

@@ -18,9 +18,11 @@ def bad_logits(what: str, index: int, row: SamplingRow) -> DeviceError:
 
 def nothing_left(index: int, row: SamplingRow) -> RequestError:
     """Row ``index`` may choose no token."""
+    what = "logit_bias, or min_tokens with its stop tokens,"
+    if row.allowed is not None:
+        what = "structured_outputs, with logit_bias where there is one,"
     error = RequestError(
-        f"no token is left to choose at position {row.position}: logit_bias, or min_tokens with its stop tokens, bans "
-        "every one that the model allows"
+        f"no token is left to choose at position {row.position}: {what} bans every one that the model allows"
     )
     error.row = index
     return error

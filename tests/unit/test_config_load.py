@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from polyhead.config import load_config, show
+from polyhead.config import SamplingConfig, load_config, show
+from polyhead.engine import StructuredOutputs
 from polyhead.errors import ConfigError
 
 BASE: dict[str, Any] = {"model": "m.gguf"}
@@ -52,6 +53,27 @@ def test_mappings_are_merged_and_lists_replaced() -> None:
     loaded = load_config(source, overrides=["sampling.stop=[c]", "sampling.logit_bias.2=5"], environ={})
     assert loaded.config.sampling.stop == ("c",)
     assert loaded.config.sampling.logit_bias == {1: 1.0, 2: 5.0}
+
+
+def test_a_stronger_form_of_the_output_replaces_a_weaker_one_whole() -> None:
+    weak = {"json": {"type": "object", "required": ["a"]}}
+    for override, value in [
+        (r"sampling.structured_outputs.regex=[a-z]{2}: \d+ # 1", {"regex": r"[a-z]{2}: \d+ # 1"}),
+        ('sampling.structured_outputs.grammar=start: "a"', {"grammar": 'start: "a"'}),
+        ("sampling.structured_outputs.choice=[red, green]", {"choice": ["red", "green"]}),
+        ('sampling.structured_outputs.json={"type": "array"}', {"json": {"type": "array"}}),
+        ("sampling.structured_outputs.json=true", {"json": True}),
+        ("sampling.structured_outputs=null", None),
+    ]:
+        loaded = load_config(BASE | {"sampling": {"structured_outputs": weak}}, overrides=[override], environ={})
+        assert loaded.config.sampling.structured_outputs == value
+        assert loaded.origins["sampling.structured_outputs"] == "command line"
+    kept = load_config(BASE | {"sampling": {"structured_outputs": weak}}, overrides=["sampling.n=2"], environ={})
+    assert kept.config.sampling.structured_outputs == weak
+    spec = StructuredOutputs(choice=["a", "b"])
+    assert load_config(BASE | {"sampling": {"structured_outputs": spec}}, environ={}).config.sampling == SamplingConfig(
+        structured_outputs={"choice": ["a", "b"]}
+    )
 
 
 def test_show_has_every_setting_once_with_value_and_origin(run_yaml: Path) -> None:
@@ -240,6 +262,36 @@ def test_all_mistakes_of_a_file_are_told_together_in_order(tmp_path: Path) -> No
         "8:91: sampling.logit_bias: has the key 'x', which is not a token id (a whole number from 0)",
         "9:7: chat: 1 is not allowed; expected true or false, or null",
         '10:20: plugins.disable: "gpt_mha" is not allowed; expected a list, each item text',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "5",
+            "3:23: sampling.structured_outputs: 5 is not a mapping with one of the keys json, regex, choice, grammar",
+        ),
+        ("{}", "3:23: sampling.structured_outputs: must have exactly one of json, regex, choice, grammar, got none"),
+        (
+            "{regexp: a}",
+            "3:23: sampling.structured_outputs: has the key 'regexp'; known are json, regex, choice, grammar",
+        ),
+        ("{choice: [a, 1]}", "3:23: sampling.structured_outputs: choice[1] must be a string, got 1"),
+        ("{json: '[1'}", "3:23: sampling.structured_outputs: json is not JSON: Expecting ',' delimiter"),
+    ],
+)
+def test_a_form_of_the_output_that_is_none_is_told(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(f"model: m.gguf\nsampling:\n  structured_outputs: {text}\n")
+    assert [line.removeprefix(f"{file}:")[: len(message)] for line in problems(file)] == [message]
+
+
+@pytest.mark.parametrize("name", ["min_tokens", "ignore_eos"])
+def test_a_form_of_the_output_goes_with_nothing_that_goes_on_after_its_end(name: str) -> None:
+    sampling = {"structured_outputs": {"regex": "a"}, name: True if name == "ignore_eos" else 1}
+    assert problems(BASE | {"sampling": sampling}) == [
+        f"configuration: sampling: has structured_outputs and {name}, but a text that is complete can only end"
     ]
 
 

@@ -37,6 +37,11 @@ lists = st.one_of(
     st.sampled_from(["x" * 1000, "x" * 1001]),
 )
 biases = st.dictionaries(st.integers(-1, 2**32), numbers, max_size=3)
+forms = st.dictionaries(
+    st.sampled_from(["json", "regex", "choice", "grammar", "x"]),
+    st.sampled_from([True, {}, {"a": [1.5]}, "{}", "{", "a", "", None, 5, ["a"], ["a", "a"], [], [1]]),
+    max_size=2,
+)
 
 
 def test_sampling_keys_and_defaults_are_those_of_the_engine() -> None:
@@ -51,7 +56,7 @@ def test_what_is_not_written_stays_unset() -> None:
     SamplingParams(**loaded.config.sampling.model_dump(exclude_unset=True))
 
 
-@given(st.sampled_from(sorted(SamplingConfig.model_fields)), st.one_of(numbers, lists, biases))
+@given(st.sampled_from(sorted(SamplingConfig.model_fields)), st.one_of(numbers, lists, biases, forms))
 @example("repetition_penalty", 0.001)
 @example("seed", 2**64)
 @example("seed", 2**64 - 1)
@@ -61,6 +66,9 @@ def test_what_is_not_written_stays_unset() -> None:
 @example("logit_bias", {5: -math.inf})
 @example("logit_bias", {5: math.nan})
 @example("stop", "")
+@example("structured_outputs", {"json": {"type": "object"}, "regex": None})
+@example("structured_outputs", {"regex": "a"})
+@example("structured_outputs", {"choice": ["a", "b"]})
 def test_configuration_and_engine_accept_the_same_values(key: str, value: Any) -> None:
     def accepted(build: Any, error: type[Exception]) -> bool:
         try:

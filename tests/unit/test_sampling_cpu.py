@@ -22,6 +22,8 @@ INF = math.inf
 def adjusted(logits: list[float], row: SamplingRow) -> list[float]:
     """Bias and penalties, written as their definitions."""
     x = [value + row.logit_bias.get(i, 0.0) for i, value in enumerate(logits)]
+    if row.allowed is not None:
+        x = [value if row.allowed()[i // 32] >> (i % 32) & 1 else -INF for i, value in enumerate(x)]
     for i in set(row.prompt_ids) | set(row.output_ids):
         x[i] = x[i] / row.repetition if x[i] > 0 else x[i] * row.repetition
     counts = Counter(row.output_ids)
@@ -68,6 +70,14 @@ def slow_sample(logits: list[float], row: SamplingRow) -> int:
     raise AssertionError("the probabilities do not reach 1")
 
 
+def only(*token_ids: int, vocab: int = 12):
+    """What allows these tokens and no others."""
+    words = np.zeros(-(-vocab // 32), np.uint32)
+    for token in token_ids:
+        words[token // 32] |= np.uint32(1 << token % 32)
+    return lambda: words.view(np.int32)
+
+
 VOCAB = 12
 FINITE = st.one_of(st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0, 3.0]), st.floats(-20, 20, width=32))
 LOGITS = st.lists(st.one_of(FINITE, FINITE, FINITE, st.just(-INF)), min_size=VOCAB, max_size=VOCAB).filter(
@@ -88,6 +98,7 @@ ROWS = st.builds(
     logit_bias=st.dictionaries(st.integers(0, VOCAB - 1), st.sampled_from([-INF, -100.0, -1.5, 2.5]), max_size=3),
     prompt_ids=IDS,
     output_ids=IDS,
+    allowed=st.none() | st.sets(st.integers(0, VOCAB - 1), min_size=1).map(lambda ids: only(*ids)),
 )
 
 
@@ -299,6 +310,41 @@ def test_a_bias_that_bans_everything_is_an_error():
     row = SamplingRow(seed=1, position=6, logit_bias={0: -INF, 2: -INF})
     with pytest.raises(RequestError, match="no token is left to choose at position 6"):
         sample(np.array([[1.0, -INF, 2.0]], np.float32), [row])
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 100])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_allowed_tokens_are_chosen_at_every_place_of_a_mask(vocab, temperature):
+    logits = np.zeros((1, vocab), np.float32)
+    for token in range(vocab):
+        row = SamplingRow(seed=1, position=token, temperature=temperature, allowed=only(token, vocab=vocab))
+        assert sample(logits, [row])[0].id == token
+    row = SamplingRow(seed=1, position=1, temperature=temperature, allowed=only(0, vocab - 1, vocab=vocab), logprobs=0)
+    token = sample(logits, [row])[0]
+    assert token.id in (0, vocab - 1)
+    assert token.logprob == pytest.approx(-math.log(vocab))  # of the logits as they were
+
+
+def test_a_mask_that_leaves_nothing_is_an_error_that_says_so():
+    row = SamplingRow(seed=1, position=6, logit_bias={1: -INF}, allowed=only(1, vocab=3))
+    with pytest.raises(RequestError, match="at position 6: structured_outputs, with logit_bias") as caught:
+        sample(np.zeros((2, 3), np.float32), [SamplingRow(seed=1, position=6), row])
+    assert caught.value.row == 1
+
+
+def test_what_a_mask_raises_concerns_its_row():
+    def fails():
+        raise RequestError("too complex")
+
+    with pytest.raises(RequestError, match=r"^too complex$") as caught:
+        sample(np.zeros((2, 3), np.float32), [SamplingRow(1, 1), SamplingRow(1, 1, allowed=fails)])
+    assert caught.value.row == 1
+
+
+@pytest.mark.parametrize("mask", [np.zeros(2, np.int32), np.zeros(0, np.int32), np.zeros((1, 1), np.int32), [0]])
+def test_a_mask_of_another_shape_is_refused(mask):
+    with pytest.raises(ValueError, match="does not go with 5 logits"):
+        sample(np.zeros((1, 5), np.float32), [SamplingRow(1, 1, allowed=lambda: np.array(mask))])
 
 
 @pytest.mark.parametrize(

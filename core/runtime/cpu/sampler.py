@@ -4,6 +4,7 @@ Knows nothing of requests or models. A row's token depends on its logits and its
 beside it. All arithmetic after the logits is float64. In this order:
 
 1. logit bias: added (-inf bans);
+1b. allowed tokens: the logits of all others become -inf;
 2. repetition penalty r, for each id in prompt or output: logit / r if positive, else logit * r;
 3. presence p and frequency f, for each id in the output n times: logit - p - f * n;
 4. temperature 0: the highest logit, the lowest id among equals. Else T: weights exp((logit - highest) / T);
@@ -15,12 +16,12 @@ beside it. All arithmetic after the logits is float64. In this order:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import RequestError
+from ...errors import PolyheadError, RequestError
 from ..contract import SampledToken, SamplingRow
 from ..philox import uniform
 from ..sampling_errors import bad_logits, nothing_left
@@ -36,7 +37,8 @@ def sample(logits: NDArray[np.float32], rows: Sequence[SamplingRow]) -> list[Sam
     """One token for each row of ``logits``, float32 [M, vocab], as the M ``rows`` say.
 
     A logit of -inf is a token that cannot be chosen. Raises ``DeviceError`` for a row with NaN, +inf or nothing but
-    -inf, and ``RequestError`` for a token id outside the vocabulary or if the bias bans every token.
+    -inf, and ``RequestError`` for a token id outside the vocabulary or if every token is banned. What a row's
+    ``allowed`` raises passes through with ``row`` set.
     """
     if logits.ndim != 2 or logits.shape[0] != len(rows):
         raise ValueError(f"logits of shape {logits.shape} do not go with {len(rows)} rows")
@@ -85,13 +87,14 @@ def _check_peak(peak: float, index: int, row: SamplingRow) -> None:
 
 def _adjusts(row: SamplingRow) -> bool:
     """Whether the row's logits change before the temperature."""
-    return bool(row.logit_bias or row.repetition != 1.0 or row.presence or row.frequency)
+    changes = row.logit_bias or row.repetition != 1.0 or row.presence or row.frequency
+    return bool(changes) or row.allowed is not None
 
 
 def _sample_row(logits: NDArray[np.float32], index: int, row: SamplingRow) -> int:
     x = logits.astype(np.float64)
     if _adjusts(row):
-        _adjust(x, row)
+        _adjust(x, index, row)
     best = int(np.argmax(x))
     peak = float(x[best])
     if peak == -np.inf:
@@ -117,11 +120,13 @@ def _sample_row(logits: NDArray[np.float32], index: int, row: SamplingRow) -> in
     return chosen if ids is None else int(ids[chosen])
 
 
-def _adjust(x: Floats, row: SamplingRow) -> None:
+def _adjust(x: Floats, index: int, row: SamplingRow) -> None:
     """Steps 1 to 3, in place."""
     if row.logit_bias:
         ids = _in_vocabulary("logit_bias", row.logit_bias.keys(), len(x))
         x[ids] += np.fromiter(row.logit_bias.values(), np.float64, len(ids))
+    if row.allowed is not None:
+        x[~_allowed(row.allowed, index, len(x))] = -np.inf
     if row.repetition != 1.0:
         seen = _in_vocabulary("the prompt or output", {*row.prompt_ids, *row.output_ids}, len(x))
         values = x[seen]
@@ -130,6 +135,19 @@ def _adjust(x: Floats, row: SamplingRow) -> None:
         output = _in_vocabulary("the output", row.output_ids, len(x))
         ids, counts = np.unique(output, return_counts=True)
         x[ids] -= row.presence + row.frequency * counts
+
+
+def _allowed(mask: Callable[[], NDArray[np.int32]], index: int, vocab: int) -> NDArray[np.bool_]:
+    """Which tokens may be chosen, bool [vocab]."""
+    try:
+        words = mask()
+    except PolyheadError as error:
+        error.row = index
+        raise
+    if words.dtype != np.int32 or words.shape != (-(-vocab // 32),):
+        raise ValueError(f"a mask of {words.dtype} {words.shape} does not go with {vocab} logits")
+    little = np.ascontiguousarray(words, "<i4")  # whose bytes hold the bits in order
+    return np.unpackbits(little.view(np.uint8), count=vocab, bitorder="little").view(np.bool_)
 
 
 def _in_vocabulary(where: str, token_ids: Iterable[int], vocab: int) -> Ids:
