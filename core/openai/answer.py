@@ -46,7 +46,7 @@ def answer(
                 choice["logprobs"] = None if tokens is None else _chat_logprobs(tokens, tokenizer)
             else:
                 choice["text"] = text
-                choice["logprobs"] = None if tokens is None else _text_logprobs(tokens, tokenizer, len(prefix))
+                choice["logprobs"] = _text_logprobs(tokens, sample, tokenizer, asked.echo, len(prefix))
             choice["finish_reason"] = sample.finish_reason
             choices.append(choice)
     return {
@@ -99,22 +99,55 @@ def _chat_logprobs(tokens: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict
     return {"content": content, "refusal": None}
 
 
-def _text_logprobs(tokens: Sequence[TokenLogprob], tokenizer: Tokenizer, offset: int) -> dict[str, Any]:
-    names = [_name(tokenizer, item.token_id) for item in tokens]
-    offsets, characters = [], codecs.getincrementaldecoder("utf-8")("replace")
-    for item in tokens:
-        offsets.append(offset)
-        offset += len(characters.decode(_bytes(tokenizer, item.token_id)))
-    tops = []
-    for name, item in zip(names, tokens, strict=True):
+def _text_logprobs(
+    made: Sequence[TokenLogprob] | None, sample: Completion, tokenizer: Tokenizer, echo: bool, offset: int
+) -> dict[str, Any] | None:
+    """Lists with an entry for each token of the text; those of an echoed prompt come first, and its first is null."""
+    if made is None:
+        return None
+    scores: list[TokenLogprob | None] = [*made]
+    ids = [item.token_id for item in made]
+    offsets = _offsets([_bytes(tokenizer, token_id) for token_id in ids], offset)
+    if echo and sample.prompt_logprobs is not None:
+        scores = [*sample.prompt_logprobs, *scores]
+        ids = [*sample.prompt_token_ids, *ids]
+        offsets = [*_prompt_offsets(sample.prompt_token_ids, tokenizer), *offsets]
+    names = [_name(tokenizer, token_id) for token_id in ids]
+    tops: list[dict[str, float] | None] = []
+    for name, item in zip(names, scores, strict=True):
+        if item is None:
+            tops.append(None)
+            continue
         top = {_name(tokenizer, token): _number(value) for token, value in item.top}
         tops.append({**top, name: _number(item.logprob)})
     return {
         "tokens": names,
-        "token_logprobs": [_number(item.logprob) for item in tokens],
+        "token_logprobs": [None if item is None else _number(item.logprob) for item in scores],
         "top_logprobs": tops,
         "text_offset": offsets,
     }
+
+
+def _offsets(pieces: Sequence[bytes], offset: int) -> list[int]:
+    """Where each token's first character stands in the text, if the first one stands at ``offset``."""
+    characters = codecs.getincrementaldecoder("utf-8")("replace")
+    offsets = []
+    for piece in pieces:
+        offsets.append(offset)
+        offset += len(characters.decode(piece))
+    return offsets
+
+
+def _prompt_offsets(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """The same for a prompt, in whose text neither BOS nor the space before the first word shows."""
+    text = tokenizer.stream(skip_special=False)
+    offset = 0
+    offsets = []
+    for number, token_id in enumerate(ids):
+        offsets.append(offset)
+        if token_id < tokenizer.vocab_size and (number or token_id != tokenizer.bos_id):
+            offset += len(text.push(token_id))
+    return offsets
 
 
 def _name(tokenizer: Tokenizer, token_id: int) -> str:

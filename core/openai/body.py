@@ -150,9 +150,9 @@ def _chat_logprobs(given: Mapping[str, Any]) -> dict[str, int | None]:
 
 
 def _logprobs(given: Mapping[str, Any]) -> dict[str, Any]:
-    if "logprobs" in given and given.get("echo"):
-        raise BodyError("logprobs with echo: those of a prompt are not offered", "logprobs", "unsupported_parameter")
-    return {"logprobs": given["logprobs"]} if "logprobs" in given else {}
+    if "logprobs" not in given:
+        return {}
+    return {"logprobs": given["logprobs"], "prompt_logprobs": given["logprobs"] if given.get("echo") else None}
 
 
 def _messages(given: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from polyhead.deltas import TokenLogprob
 from polyhead.errors import RequestError
 from polyhead.openai import Asked, BodyError, answer, problem, read_body
 from polyhead.openai.body import _FIELDS
+from polyhead.tokenizer.stream import StreamDecoder
 
 DEFAULTS = SamplingParams(temperature=0.3, max_tokens=77, min_tokens=1, seed=9, stop=("end",))
 HELLO = {"messages": [{"role": "user", "content": "hi"}]}
@@ -139,6 +141,10 @@ class Bytes:
     """A tokenizer in which id i stands for byte i; 256 ends a text, and 300 only pads the embedding."""
 
     vocab_size = 257
+    bos_id = 1
+
+    def stream(self, skip_special):
+        return StreamDecoder(self.token_bytes, "replace", True)
 
     def token_bytes(self, token_id):
         return b"<end>" if token_id == 256 else bytes([token_id])
@@ -147,10 +153,13 @@ class Bytes:
         return bytes(ids).decode()
 
 
-def made(data, reason="stop", ends=(256,)):
+def scores(ids):
+    return tuple(TokenLogprob(token, -1.5, ((token, -1.5), (300, -float("inf")))) for token in ids)
+
+
+def made(data, reason="stop", ends=(256,), **more):
     ids = (*data, *ends)
-    logprobs = tuple(TokenLogprob(token, -1.5, ((token, -1.5), (300, -float("inf")))) for token in ids)
-    return Completion(data.decode("utf-8", "ignore"), ids, reason, logprobs, (1, 2, 3))
+    return Completion(data.decode("utf-8", "ignore"), ids, reason, scores(ids), (1, 2, 3), **more)
 
 
 def body_of(endpoint, asked, completion):
@@ -168,6 +177,21 @@ def test_log_probabilities_add_up_to_the_text_also_inside_a_character():
     assert text["text"] == "abné!"
     assert text["logprobs"]["tokens"] == ["n", "bytes:\\xc3", "bytes:\\xa9", "!"]
     assert text["logprobs"]["text_offset"] == [2, 3, 3, 4]
+
+
+def test_an_echoed_prompt_has_log_probabilities_too_that_stand_where_its_text_does():
+    prompt = (1, *b" h\xc3\xa9", 300)
+    asked = {"prompt": "hé", "echo": True, "logprobs": 1}
+    out = replace(made(b"a!"), prompt_token_ids=prompt, prompt_logprobs=(None, *scores(prompt[1:])))
+    logprobs = body_of("completions", asked, out)["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["\x01", " ", "h", "bytes:\\xc3", "bytes:\\xa9", "", "a", "!"]
+    assert logprobs["token_logprobs"] == [None, *[-1.5] * 7]
+    assert logprobs["top_logprobs"][0] is None
+    assert logprobs["top_logprobs"][2] == {"h": -1.5, "": -9999.0}
+    assert logprobs["text_offset"] == [0, 0, 0, 1, 1, 2, 2, 3], "the BOS token and the first space are not in the text"
+    assert body_of("completions", asked | {"echo": False}, out)["choices"][0]["logprobs"]["tokens"] == ["a", "!"]
+    assert read_body("completions", asked, DEFAULTS).params.prompt_logprobs == 1
+    assert read_body("completions", asked | {"echo": False}, DEFAULTS).params.prompt_logprobs is None
 
 
 def test_a_token_that_ends_nothing_keeps_its_log_probability():
