@@ -95,6 +95,7 @@ def row_of(request: Request, ahead: int = 0) -> SamplingRow:
         prompt_ids=request.prompt_ids,
         output_ids=request.output_ids,
         logprobs=params.logprobs,
+        allowed=None if request.guide is None else request.guide.allowed,
     )
 
 

@@ -64,9 +64,18 @@ class Detokeniser:
         self._stops = StopMatcher(request.params.stops)
 
     def push(self, sampled: SampledToken) -> Delta:
-        """Takes the request's next token. The delta's reason is "stop" too if its text completed a stop string."""
+        """Takes the request's next token. The delta's reason is "stop" too if its text completed a stop string, or is
+        complete in the form that it must have.
+
+        Raises RequestError if that form takes too much work to follow.
+        """
         request = self.request
         ended = request.finished and self.pushed + 1 == len(request.output_ids)
+        complete = False
+        if request.guide is not None:
+            request.guide.accept(sampled.id)
+            complete = request.guide.ended
+            ended = ended or complete
         text, hit = "", False
         # A token that ends the generation is reported, but is not part of the text.
         # Rows that only pad the embedding have none either.
@@ -81,7 +90,7 @@ class Detokeniser:
         logprobs = None
         if sampled.logprob is not None:
             logprobs = (TokenLogprob(sampled.id, sampled.logprob, sampled.top),)
-        reason = "stop" if hit else request.finish_reason if ended else None
+        reason = "stop" if hit or complete else request.finish_reason if ended else None
         return Delta(text, (sampled.id,), logprobs, reason, request.sample)
 
     def _filter(self, text: str) -> tuple[str, bool]:

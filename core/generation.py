@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,7 @@ from .lookahead import Ahead, can_foresee
 from .runtime.contract import Batch, LoadedModel, SampledToken
 
 if TYPE_CHECKING:
+    from .structured import Guides
     from .tokenizer import Tokenizer
 
 __all__ = ["Delta", "Generation", "Job", "TokenLogprob"]
@@ -81,6 +83,17 @@ class Generation:
         """KV blocks whose contents may be used by requests to come."""
         return self._blocks.cached_blocks
 
+    @cached_property
+    def guides(self) -> Guides:
+        """What makes guides of the forms that texts must have. Any thread may use it at any time: to compile a form
+        takes a while, and it is kept, so do it before taking the loop. Raises RequestError without a tokenizer.
+        """
+        from .structured import Guides
+
+        if self._tokenizer is None:
+            raise RequestError("structured_outputs need a tokenizer, and this model was loaded without one")
+        return Guides(self._tokenizer, self.model.decoder.vocab, self._tokenizer.stop_ids)
+
     def add(self, prompt_ids: Sequence[int], params: SamplingParams, priority: int = 0) -> str:
         """Queues a prompt and returns its id. Raises RequestError for one that cannot be run."""
         job = self.prepare(prompt_ids, params, priority)
@@ -97,6 +110,8 @@ class Generation:
         salt = b"" if self._prefix_cache else name.encode() if params.n > 1 else None
         request = Request(name, prompt_ids, params, eos_ids=eos, priority=priority, cache_salt=salt)
         request.validate_for(self.model.decoder.vocab)
+        if params.structured is not None:
+            request.guide = self.guides.guide(params.structured)
         if params.n > 1:
             size = self._blocks.block_size
             request.extend_keys(size, len(request.prompt_ids) // size)  # once for all samples

@@ -20,6 +20,7 @@ from .generation import Generation
 from .model import Model
 from .plugins import Registry, discover
 from .prompts import Prompt, as_prompts
+from .runtime.host_masks import HostMasks
 from .sources import resolve_model
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class LLM:
                 progress,
             )
             self._generation: Generation | None = Generation(
-                runtime,
+                HostMasks.around(runtime),
                 self.tokenizer,
                 prefix_cache=config.runtime.prefix_cache,
                 speculation=_speculation(config.runtime.speculation),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import RequestError
-from .console import Console, is_terminal, pass_console, verbosity
+from .console import Console, guesses_text, is_terminal, pass_console, verbosity
 from .loading import load_settings, look_for_model, open_llm
 from .options import settings, source_argument
 
@@ -151,7 +151,8 @@ def _closing(survey: Survey, tally: Tally, failed: int, output: Path) -> str:
     return (
         f"polyhead: {done:,} of {survey.lines:,} lines in {output}{failing}; this run {tally.lines:,} lines, "
         f"{tally.prompt_tokens:,} prompt tokens, {tally.generated_tokens:,} generated in {tally.seconds:.2f} s: "
-        f"{_rate(tally.generated_tokens, tally.seconds)} tok/s{more}"
+        f"{_rate(tally.generated_tokens, tally.seconds)} tok/s"
+        f"{guesses_text(tally.drafted_tokens, tally.accepted_tokens)}{more}"
     )
 
 

@@ -157,3 +157,10 @@ def verbosity(command: Decorated) -> Decorated:
 
 
 pass_console = click.make_pass_decorator(Console, ensure=True)
+
+
+def guesses_text(drafted: int, accepted: int) -> str:
+    """How good the guesses of runtime.speculation were; empty where there were none."""
+    if not drafted:
+        return ""
+    return f"; {accepted:,} of {drafted:,} guessed tokens were right ({accepted / drafted:.0%})"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import TemplateError
-from .console import Console, is_terminal, pass_console, printable, verbosity
+from .console import Console, guesses_text, is_terminal, pass_console, printable, verbosity
 from .loading import load_settings, look_for_model, open_llm
 from .options import settings, source_argument
 from .prompts import gather
@@ -218,10 +218,3 @@ def _closing(llm: LLM, jobs: list[Job], seconds: float) -> str:
         + guesses_text(sum(job.stream.drafted_tokens for job in jobs), sum(job.stream.accepted_tokens for job in jobs))
         + (f"; {which} cut at {why}" if cut else "")
     )
-
-
-def guesses_text(drafted: int, accepted: int) -> str:
-    """How good the guesses of runtime.speculation were; empty where there were none."""
-    if not drafted:
-        return ""
-    return f"; {accepted:,} of {drafted:,} guessed tokens were right ({accepted / drafted:.0%})"

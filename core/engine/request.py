@@ -17,6 +17,7 @@ from ..errors import PolyheadError, RequestError
 from .block_keys import block_key, root_key
 from .drafting import Lookup
 from .sampling import SamplingParams
+from .structured import Guide
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd, so its multiples modulo 2**64 all differ
@@ -36,8 +37,9 @@ class Request:
     ``seed`` is that of the parameters, or 64 random bits drawn here; with the position of a token it decides the draw,
     so a request gives the same tokens alone, in any batch, and after a preemption. ``output_ids`` includes the token
     that ended the generation. ``stop_ids`` are the tokens that end it: the model's own unless ``ignore_eos``, and
-    ``stop_token_ids``. ``foreseeable``: how a token is chosen does not depend on the one before. ``error`` is set where
-    ``finish_reason`` is "error".
+    ``stop_token_ids``. ``guide``: where the output is in the form it must have; whoever makes the request sets it.
+    ``foreseeable``: how a token is chosen does not depend on the one before. ``error`` is set where ``finish_reason``
+    is "error".
 
     The scheduler alone changes these: ``status``; ``num_cached_tokens``, the first so many tokens have their keys and
     values in the cache; ``block_table``, the physical blocks that hold them, with room for ``held_tokens``;
@@ -56,6 +58,7 @@ class Request:
         "final",
         "finish_reason",
         "foreseeable",
+        "guide",
         "held_tokens",
         "id",
         "lookup",
@@ -110,7 +113,8 @@ class Request:
         self.sample = 0
         penalised = self.params.presence_penalty or self.params.frequency_penalty
         penalised = penalised or self.params.repetition_penalty != 1.0
-        self.foreseeable = not penalised and not self.params.min_tokens
+        self.foreseeable = not penalised and not self.params.min_tokens and self.params.structured is None
+        self.guide: Guide | None = None
         self.priority = priority
         self.cache_salt = cache_salt
         self.block_keys: list[bytes] = []
@@ -140,6 +144,7 @@ class Request:
         other.seed = (self.seed + sample * _SEED_STEP) % 2**64
         other.block_keys, other.output_ids, other.block_table = list(self.block_keys), [], []
         other.num_scored = len(self.prompt_ids)  # once for all samples
+        other.guide = None if self.guide is None else self.guide.fork()
         return other
 
     def __repr__(self) -> str:

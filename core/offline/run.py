@@ -29,13 +29,17 @@ _LINES_AT_ONCE = 256
 
 @dataclass(slots=True)
 class Tally:
-    """What a run has done. ``steps_tokens`` are generated so far, those of unfinished lines too."""
+    """What a run has done. ``steps_tokens`` are generated so far, those of unfinished lines too. For finished lines
+    ``drafted_tokens`` were guessed, and ``accepted_tokens`` of these right.
+    """
 
     answered: int = 0
     failed: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     steps_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     seconds: float = 0.0
     stopped: bool = False
 
@@ -196,6 +200,9 @@ class OfflineRun:
         self.tally.answered += 1
         self.tally.prompt_tokens += body["usage"]["prompt_tokens"]
         self.tally.generated_tokens += body["usage"]["completion_tokens"]
+        for sample in (sample for completion in completions for sample in completion.outputs):
+            self.tally.drafted_tokens += sample.drafted_tokens
+            self.tally.accepted_tokens += sample.accepted_tokens
 
     def _refuse(self, line: Line, error: Exception) -> None:
         status, body = problem(error)

@@ -29,6 +29,11 @@ class HostMasks:
         self.inner = inner
         self.decoder, self.plan, self.runs_ahead = inner.decoder, inner.plan, inner.runs_ahead
 
+    @classmethod
+    def around(cls, model: LoadedModel) -> LoadedModel:
+        """The model itself if it has ``masks``, and so answers to ``SamplingRow.allowed`` by itself."""
+        return model if getattr(model, "masks", False) else cls(model)
+
     def __getattr__(self, name: str) -> Any:
         if name == "inner":  # not set yet: a copy is being made
             raise AttributeError(name)
@@ -49,6 +54,8 @@ class HostMasks:
 
         Errors that concern one row name it by its number in ``rows``.
         """
+        if not isinstance(after, _Done) and all(row.allowed is None for row in rows):  # the rule
+            return self.inner.submit(batch, rows, after)
         masked = _masked(rows)
         if isinstance(after, _Done) or (after is not None and masked.any()):
             batch, after = replace(batch, tokens=np.array([token.id for token in after.result()], np.int32)), None

@@ -50,6 +50,7 @@ class CpuModel:
     """
 
     runs_ahead = False
+    masks = True  # answers to SamplingRow.allowed
 
     def __init__(
         self,

@@ -146,3 +146,22 @@ def test_chat_true_without_a_template_is_refused(invoke: Invoke, llama: str) -> 
 def test_a_full_context_is_named_as_what_cut_the_text(invoke: Invoke, llama: str) -> None:
     result = invoke("run", llama, *PLAIN, "--set", "sampling.ignore_eos=true", "-n", "1000", "-p", "the")
     assert "cut at the context of 64" in result.stderr
+
+
+def test_speculation_changes_no_token_and_says_how_good_the_guesses_were(invoke: Invoke, llama: str) -> None:
+    args = ("run", llama, "-p", "the the the", "--json", "-n", "30", "--temperature", "0", "--set", "chat=false")
+    more = ("--set", "sampling.ignore_eos=true", "--set", "sampling.logit_bias={7: 50.0}")
+    plain = invoke(*args, *more)
+    spec = "runtime.speculation={max_tokens: 4, ngram_max: 2, ngram_min: 1}"
+    guessing = invoke(*args, *more, "--set", spec, "--set", "sampling.prompt_logprobs=1")
+    assert (plain.exit_code, guessing.exit_code) == (0, 0), guessing.stderr
+    found, expected = json.loads(guessing.stdout), json.loads(plain.stdout)
+    assert found["token_ids"] == expected["token_ids"]
+    assert found["drafted_tokens"] >= found["accepted_tokens"] > 10
+    assert expected["drafted_tokens"] == 0
+    assert expected["prompt_logprobs"] is None
+    assert found["prompt_logprobs"][0] is None
+    assert all(each["logprob"] < 0 and len(each["top"]) == 1 for each in found["prompt_logprobs"][1:])
+    told = f"{found['accepted_tokens']} of {found['drafted_tokens']} guessed tokens were right"
+    assert told in guessing.stderr
+    assert "guessed" not in plain.stderr
