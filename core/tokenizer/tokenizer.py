@@ -260,6 +260,11 @@ class Tokenizer:
         """Whether the token is no text: decoding leaves it out."""
         return self._vocabulary.kinds[self._checked(token_id)] in HIDDEN_KINDS
 
+    def is_text(self, token_id: int) -> bool:
+        """Whether the token is text that may be written: no control token, and not marked as unused."""
+        kind = self._vocabulary.kinds[self._checked(token_id)]
+        return kind not in HIDDEN_KINDS and kind != TokenKind.UNUSED
+
     def _checked(self, token_id: int) -> int:
         try:
             token_id = operator.index(token_id)
