@@ -80,22 +80,23 @@ def rows_of(step: ScheduledStep) -> list[SamplingRow]:
 
 def row_of(request: Request, ahead: int = 0) -> SamplingRow:
     """How a request's next token is chosen, or the one ``ahead`` tokens later."""
-    params = request.params
+    params, guide = request.params, request.guide
+    # In the order of the fields: this runs for every token of every sequence.
     return SamplingRow(
-        seed=request.seed,
-        position=request.num_tokens + ahead,
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        repetition=params.repetition_penalty,
-        presence=params.presence_penalty,
-        frequency=params.frequency_penalty,
-        logit_bias=request.logit_bias,
-        prompt_ids=request.prompt_ids,
-        output_ids=request.output_ids,
-        logprobs=params.logprobs,
-        allowed=None if request.guide is None else request.guide.allowed,
+        request.seed,
+        len(request.prompt_ids) + len(request.output_ids) + ahead,
+        params.temperature,
+        params.top_k,
+        params.top_p,
+        params.min_p,
+        params.repetition_penalty,
+        params.presence_penalty,
+        params.frequency_penalty,
+        request.logit_bias if params.min_tokens else params.logit_bias,
+        request.prompt_ids,
+        request.output_ids,
+        params.logprobs,
+        None if guide is None else guide.allowed,
     )
 
 

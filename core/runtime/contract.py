@@ -34,7 +34,7 @@ class Batch:
     logit_rows: NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for every token, and that would take several times as long
 class SamplingRow:
     """How one row of logits becomes a token. ``position`` is the position the sampled token will have.
 
