@@ -34,7 +34,8 @@ class StructuredOutputs:
 
     json: a JSON schema, as a mapping or as JSON text; True is any JSON object. Kept as JSON text, in the order given,
         which is the order of the properties in the answer. Schemas that differ in order are different.
-    regex: a regular expression that the whole text matches.
+    regex: a regular expression that the whole text matches, as Rust's regex crate reads it: no look-around, no
+        references to groups, and classes such as ``\\w`` are Unicode's.
     choice: 1 to 1,024 different strings of 1 to 4,096 characters, one of which is the text.
     grammar: a context-free grammar in Lark's syntax, as llguidance reads it; it begins at ``start``.
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from ..engine import SamplingParams
 from ..errors import RequestError
+from .form import form_of_output
 from .problem import BodyError
 
 Endpoint = Literal["chat", "completions"]
@@ -27,7 +28,7 @@ _SAME = frozenset({
 # What changes nothing in the answer: for the books of whoever runs a service.
 _WITHOUT_EFFECT = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 _COMMON = _SAME | _WITHOUT_EFFECT | {"model", "max_tokens", "logit_bias", "logprobs", "stream", "stream_options"}
-_COMMON |= {"priority"}
+_COMMON |= {"priority", "structured_outputs"}
 _FIELDS: dict[Endpoint, frozenset[str]] = {
     "chat": _COMMON
     | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"}
@@ -106,18 +107,15 @@ def _params(endpoint: Endpoint, given: Mapping[str, Any], defaults: SamplingPara
     if "logit_bias" in given:
         values["logit_bias"] = _logit_bias(given["logit_bias"])
     values |= _chat_logprobs(given) if endpoint == "chat" else _logprobs(given)
-    form = given.get("response_format")
-    if form is not None and form != {"type": "text"}:
-        kind = form.get("type") if isinstance(form, Mapping) else None
-        raise BodyError(
-            f"response_format of type {str(kind)[:40]!r} is not supported; only 'text' is",
-            "response_format", "unsupported_parameter",
-        )  # fmt: skip
+    if "response_format" in given or "structured_outputs" in given:
+        values["structured_outputs"] = form_of_output(given)  # a text, asked for by name, is free of the defaults' form
     try:
         params = replace(defaults, **values)
     except RequestError as error:
         # The message begins with the field's name.
         name = str(error).partition(" ")[0].partition("[")[0]
+        if name == "structured_outputs" and name not in given:
+            name = "response_format"
         raise BodyError(str(error), name if name in given else None) from None
     best_of = given.get("best_of")
     if best_of is not None and best_of != params.n:

@@ -62,6 +62,7 @@ def reason(message: str, place: bool = False) -> str:
     first = first.rpartition(" (in regex): ")[2]
     for prefix in ("failed to compile JSON schema: ", "lexer error: ", "parser error: ", "Parser Error: ", "panic: "):
         first = first.removeprefix(prefix)
+    first = first.partition(". Enable 'coerce_one_of'")[0]  # which is refused as well
     text = where + (explained.removeprefix("error: ") if explained else first)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 

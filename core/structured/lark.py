@@ -1,8 +1,9 @@
 """A first look at a Lark grammar from a stranger, before llguidance compiles it.
 
 llguidance bounds much of its work, but not what nests through names: terminals that refer to terminals take time that
-grows with the cube of their depth, and rules take stack. So names are counted and followed here, with llguidance's own
-lexical rules. Refused as well is what would have no effect, or end a text before its grammar does.
+grows with the cube of their depth, and rules take stack. So names and brackets are counted here, and names followed,
+with llguidance's own lexical rules. Refused as well is what would have no
+effect, or end a text before its grammar does.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 
 from ..errors import RequestError
 
-MAX_NAMES = 1_000
+MAX_PARTS = 2_000  # definitions and brackets
 MAX_DEPTH = 250
 NAME = "structured_outputs.grammar"
 
@@ -25,11 +26,12 @@ _LEXEME = re.compile(
     |(?P<block>%(?:json|regex|llguidance)\b)
     |(?P<name>!?[_?]?[a-z][_a-z0-9-]*|_?[A-Z][_A-Z0-9-]*)
     |(?P<number>0[xX][0-9a-fA-F]+|[+-]?[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)
-    |(?P<sign>.|\n)""",
+    |(?P<sign>::|.|\n)""",
     re.VERBOSE,
 )
 _BLANKS = re.compile(r"\s*")
 _AFTER_NAME = (("sign", "."), ("sign", "_"), ("sign", "::"))
+_STATEMENTS = frozenset({"ignore", "import", "declare"})
 # Options of a rule: a generation has one temperature, and hiding what was generated already is not possible.
 _WITHOUT_EFFECT = frozenset({"temperature", "stop"})
 
@@ -41,9 +43,15 @@ def check(grammar: str) -> None:
             f"{NAME} must be Lark, but begins with '{{'; a JSON schema goes into structured_outputs.json"
         )
     lexemes = list(_lexemes(grammar))
-    starts = {_start(lexemes, index) for index, lexeme in enumerate(lexemes) if lexeme == ("sign", ":")}
-    if len(starts) > MAX_NAMES:
-        raise RequestError(f"{NAME} defines {len(starts):,} names; {MAX_NAMES:,} are allowed")
+    starts, deep = set(), 0
+    for index, (kind, text) in enumerate(lexemes):
+        if kind == "sign":
+            deep += (text in "([") - (text in ")]")
+            if text == ":" and deep == 0:  # in brackets it is a range of bits
+                starts.add(_start(lexemes, index))
+    parts = len(starts) + sum(kind == "sign" and text in "([" for kind, text in lexemes)
+    if parts > MAX_PARTS:
+        raise RequestError(f"{NAME} has {parts:,} definitions and brackets; {MAX_PARTS:,} are allowed")
     names: dict[str, set[str]] = {}
     nesting: dict[str, int] = {}
     current, deep = "", 0
@@ -54,6 +62,8 @@ def check(grammar: str) -> None:
             deep += (text in "([") - (text in ")]")
         elif kind == "special":
             raise RequestError(f"{NAME} has the special token {text[:40]}: only text can be asked for")
+        elif kind == "name" and text in _STATEMENTS and lexemes[index - 1] == ("sign", "%"):
+            current = ""
         elif kind == "name":
             if text in _WITHOUT_EFFECT and lexemes[index + 1 : index + 2] == [("sign", "=")]:
                 raise RequestError(f"{NAME} has the option {text}=, which is not supported")

@@ -23,6 +23,7 @@ HEAVY = {"torch", "triton", "transformers", "tensorflow", "jax"}
 # Folders and files of core/ that stand by themselves: data, formats and policy know no device and no command.
 ALONE = ("arch", "engine", "gguf", "sources", "tokenizer", "chat")
 ABOVE_RUNTIME = {"engine", "generation", "llm", "cli", "server", "bench", "config", "plugins", "model", "tokenizer"}
+ABOVE_RUNTIME |= {"structured"}
 
 
 def packages() -> dict[str, Path]:

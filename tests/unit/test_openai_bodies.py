@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from polyhead import SamplingParams
 from polyhead.completion import Completion
 from polyhead.deltas import TokenLogprob
+from polyhead.engine import StructuredOutputs
 from polyhead.errors import RequestError
 from polyhead.openai import Asked, BodyError, answer, problem, read_body
 from polyhead.openai.body import _FIELDS
 from polyhead.tokenizer.stream import StreamDecoder
 
 DEFAULTS = SamplingParams(temperature=0.3, max_tokens=77, min_tokens=1, seed=9, stop=("end",))
+SCHEMA = {"type": "object", "properties": {"b": {"type": "string"}, "a": {}}}
 HELLO = {"messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -51,6 +53,20 @@ def test_what_a_body_leaves_out_comes_from_the_defaults_and_null_is_left_out():
         ({"min_tokens": 0}, "min_tokens", 0),
         ({"stop_token_ids": [1]}, "stop_token_ids", (1,)),
         ({"ignore_eos": True}, "ignore_eos", True),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, "structured_outputs", StructuredOutputs(choice=["a", "b"])),
+        ({"structured_outputs": {"regex": "a", "json": None}}, "structured_outputs", StructuredOutputs(regex="a")),
+        ({"response_format": {"type": "json_object"}}, "structured_outputs", StructuredOutputs(json=True)),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": SCHEMA, "strict": True},
+                }
+            },
+            "structured_outputs",
+            StructuredOutputs(json=SCHEMA),
+        ),
+        ({"response_format": {"type": "text"}}, "structured_outputs", None),
     ],
 )
 def test_a_field_of_the_body_sets_its_parameter_and_no_other(body, field, value):
@@ -58,6 +74,62 @@ def test_a_field_of_the_body_sets_its_parameter_and_no_other(body, field, value)
     params = read_body("chat", HELLO | body, defaults).params
     assert getattr(params, field) == value
     assert {name for name in params.__slots__ if getattr(params, name) != getattr(defaults, name)} <= {field}
+
+
+def test_a_form_may_be_asked_of_both_endpoints_and_a_text_is_free_of_the_defaults_form():
+    defaults = SamplingParams(structured_outputs={"regex": "a+"})
+    body = {"prompt": "x", "structured_outputs": {"json": SCHEMA}}
+    assert read_body("completions", body, defaults).params.structured == StructuredOutputs(json=SCHEMA)
+    assert read_body("chat", HELLO, defaults).params.structured == StructuredOutputs(regex="a+")
+    text = HELLO | {"response_format": {"type": "text"}}
+    assert read_body("chat", text, defaults).params.structured is None
+
+
+def schema_format(**json_schema):
+    return {"response_format": {"type": "json_schema", "json_schema": json_schema}}
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"response_format": "json"}, "response_format", "must be an object with a type"),
+        ({"response_format": {"type": "yaml"}}, "response_format", "of type 'yaml' is not supported; 'text', 'json_ob"),
+        ({"response_format": {"type": [1]}}, "response_format", "is not supported"),
+        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format", "unknown key 'schema'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema must be an object with a name"),
+        (schema_format(schema={}), "response_format", "json_schema.name must be a string of 1 to 64 characters"),
+        (schema_format(name="x" * 65, schema={}), "response_format", "json_schema.name must be"),
+        (schema_format(name="x"), "response_format", "json_schema.schema must be a JSON schema"),
+        (schema_format(name="x", schema="{}"), "response_format", "json_schema.schema must be a JSON schema"),
+        (schema_format(name="x", schema={}, strict=1), "response_format", "json_schema.strict must be true or false"),
+        (schema_format(name="x", schema={}, description=1), "response_format", "json_schema.description must be"),
+        (schema_format(name="x", schema={}, shema={}), "response_format", "json_schema has the unknown key 'shema'"),
+        (
+            schema_format(name="x", schema={"const": float("nan")}),
+            "response_format",
+            "response_format.json_schema.schema has the number nan",
+        ),
+        ({"structured_outputs": {"regexp": "a"}}, "structured_outputs", "structured_outputs has the key 'regexp'"),
+        ({"structured_outputs": {"regex": 5}}, "structured_outputs", "structured_outputs.regex must be a string"),
+        ({"structured_outputs": []}, "structured_outputs", "must be a mapping with one of the keys"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "structured_outputs",
+            "both say what the answer must be",
+        ),
+        ({"structured_outputs": {"regex": "a"}, "min_tokens": 2}, "structured_outputs", "combined with min_tokens"),
+        (
+            {"response_format": {"type": "json_object"}, "ignore_eos": True, "min_tokens": 0},
+            "response_format",
+            "cannot be combined with ignore_eos",
+        ),
+    ],
+)
+def test_a_form_that_is_none_is_refused(body, param, words):
+    with pytest.raises(BodyError) as caught:
+        read_body("chat", HELLO | body, DEFAULTS)
+    assert caught.value.param == param
+    assert words in str(caught.value)
 
 
 def test_prompts_may_be_a_string_ids_or_lists_of_both():
