@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from threading import Lock, RLock
+from threading import RLock, get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -67,8 +67,9 @@ class LLM:
             tokenizer=config.model.tokenizer,
             chat_template=config.model.chat_template,
         )
-        self._lock, self._door = RLock(), Lock()
+        self._lock, self._door = RLock(), RLock()
         self._busy = self._turns = 0
+        self._holder: int | None = None
         self._dropped: deque[str] = deque()
         try:
             self.tokenizer: Tokenizer = self.model.tokenizer
@@ -197,11 +198,20 @@ class LLM:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """This thread's turn. Whoever waits holds the door, so that a thread that only just had a turn is behind it."""
-        with self._door, self._lock:
-            pass
+        """This thread's turn. Whoever waits holds the door, so that a thread that only just had a turn is behind it.
+
+        Within a turn another one is no turn: a collector may close streams in the middle of a step.
+        """
+        thread = get_ident()
+        if self._holder != thread:
+            with self._door, self._lock:
+                pass
         with self._lock:
-            yield
+            before, self._holder = self._holder, thread
+            try:
+                yield
+            finally:
+                self._holder = before
 
     @contextmanager
     def _engine(self) -> Iterator[Generation]:

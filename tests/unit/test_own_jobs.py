@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from contextlib import closing
 
 import batch_lines
@@ -54,6 +56,30 @@ def test_turns_of_one_s_own_are_not_another_s(llm):
         assert jobs[1] in found
         assert len(found) == 2 or jobs[3] in found, "only those that moved"
         own.abort(generation, [job.id for job in jobs])
+
+
+def test_a_stream_closed_in_the_middle_of_a_step_while_a_thread_waits_for_its_turn_stops_nobody(llm, monkeypatch):
+    stream = llm.stream(IDS, GREEDY)
+    submit = llm._generation.model.submit
+    others = [threading.Thread(target=llm.generate, args=([[i]], GREEDY), daemon=True) for i in range(2)]
+
+    def collecting(*args):
+        if stream._request is not None:
+            for thread in others:
+                thread.start()
+            while llm._door.acquire(blocking=False):
+                llm._door.release()
+                time.sleep(0.001)
+            stream.close()
+        return submit(*args)
+
+    monkeypatch.setattr(llm._generation.model, "submit", collecting)
+    thread = threading.Thread(target=llm.generate, args=([[9]], GREEDY), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    for thread in others:
+        thread.join(10)
 
 
 def test_a_batch_whose_jobs_another_user_s_steps_bring_to_their_end_ends_too(settings_of, tmp_path):
