@@ -12,6 +12,7 @@ if __name__ == "core":
 
 if TYPE_CHECKING:
     from .architecture import API_VERSION, Architecture
+    from .async_llm import AsyncLLM
     from .engine.sampling import SamplingParams
     from .errors import PolyheadError
     from .generation import Delta, TokenLogprob
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "API_VERSION": "architecture",
     "Architecture": "architecture",
+    "AsyncLLM": "async_llm",
     "Completion": "llm",
     "CpuModule": "runtime.modules",
     "Delta": "generation",
@@ -39,6 +41,7 @@ __all__ = [
     "API_VERSION",
     "LLM",
     "Architecture",
+    "AsyncLLM",
     "Completion",
     "CpuModule",
     "Delta",

@@ -34,9 +34,16 @@ class Batches:
             positions=np.array(step.positions, np.int32),
             query_start=np.array(step.query_start, np.int32),
             context_lens=np.array(step.context_lens, np.int32),
-            block_tables=self._block_tables(step.block_tables),
+            block_tables=self._tables_of(step),
             logit_rows=np.array(step.logit_rows, np.int32),
         )
+
+    def _tables_of(self, step: ScheduledStep) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
+        try:
+            return self._block_tables(step.block_tables)
+        except BaseException:  # an interrupt: what is known of the rows may contradict itself
+            self._tables, self._filled, self._row_of = [], [], {}
+            raise
 
     def _block_tables(self, tables: list[list[int]]) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
         width = max(map(len, tables))

@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from threading import RLock
+from threading import RLock, get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from .errors import PolyheadError, RequestError, TemplateError, TokenizerError
 from .generation import Generation
 from .model import Model
 from .plugins import Registry, discover
-from .prompts import Prompt, as_prompts
+from .prompts import Prompt, as_prompts, with_params
 from .runtime.host_masks import HostMasks
 from .sources import resolve_model
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["LLM", "Completion", "Prompt", "Stream"]
 
 _MOST_CHARACTERS = 256  # in one token, for any vocabulary
+
+Wanted = tuple[Sequence[int], SamplingParams, int]  # token ids, how to sample, priority: what a job is made of
 
 
 class LLM:
@@ -67,8 +69,9 @@ class LLM:
             tokenizer=config.model.tokenizer,
             chat_template=config.model.chat_template,
         )
-        self._lock = RLock()
-        self._busy = 0
+        self._lock, self._door = RLock(), RLock()
+        self._busy = self._turns = 0
+        self._holder: int | None = None
         self._dropped: deque[str] = deque()
         try:
             self.tokenizer: Tokenizer = self.model.tokenizer
@@ -106,7 +109,7 @@ class LLM:
 
     def close(self) -> None:
         """Returns the model's memory and unmaps the file. Safe to call twice."""
-        with self._lock:
+        with self._alone():
             if self._generation is not None:
                 self._generation.model.close()
                 self._generation = None
@@ -132,21 +135,16 @@ class LLM:
         Raises RequestError before anything runs if any prompt is empty, too long for the context, or holds an id out
         of range.
         """
-        batch = as_prompts(prompts)
-        each = self._params_for(batch, params)
-        ranks = [priority] * len(batch) if isinstance(priority, int) else list(priority)
-        if len(ranks) != len(batch):
-            raise RequestError(f"{len(batch)} prompts, but {len(ranks)} priorities")
-        ids = [self.encode(prompt) for prompt in batch]
+        wanted = self._wanted(prompts, params, priority)
         with self._engine() as generation:
-            jobs = [generation.prepare(*one) for one in zip(ids, each, ranks, strict=True)]
-            try:
+            jobs = [generation.prepare(*one) for one in wanted]
+        try:
+            with self._engine() as generation:
                 for job in jobs:
                     generation.queue(job)
-                return [self._complete(job) for job in jobs]
-            finally:  # an interrupt while queueing too: every id is known
-                for job in jobs:
-                    generation.abort(job.id)
+            return [self._complete(job) for job in jobs]
+        finally:  # an interrupt while queueing too: every id is known
+            self._abort(*(job.id for job in jobs))
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> Stream:
         """Continues one prompt and yields what each step adds. Closing or dropping it early frees its memory.
@@ -154,12 +152,9 @@ class LLM:
         Raises as :meth:`generate`, at the call and not at the first iteration; also for ``n`` above 1, as one stream
         holds one text.
         """
-        (each,) = self._params_for([prompt], params)
-        if each.n > 1:
-            raise RequestError(f"a stream has one sample, n is {each.n}: start a stream for each, or use generate")
-        ids = self.encode(prompt)
+        wanted = self._wanted_of_stream(prompt, params, priority)
         with self._engine() as generation:
-            job = generation.prepare(ids, each, priority)
+            job = generation.prepare(*wanted)
             generation.queue(job)
             return Stream(self, job)
 
@@ -207,10 +202,31 @@ class LLM:
             return generation.logits(token_ids)
 
     @contextmanager
-    def _engine(self) -> Iterator[Generation]:
-        """The generation loop, for this thread alone; streams dropped meanwhile are ended before and after."""
+    def _alone(self) -> Iterator[None]:
+        """This thread's turn. Whoever waits holds the door, so that a thread that only just had a turn is behind it.
+
+        Within a turn another one is no turn: a collector may close streams in the middle of a step.
+        """
+        thread = get_ident()
+        if self._holder != thread:
+            with self._door, self._lock:
+                pass
         with self._lock:
+            before, self._holder = self._holder, thread
+            try:
+                yield
+            finally:
+                self._holder = before
+
+    @contextmanager
+    def _engine(self) -> Iterator[Generation]:
+        """The generation loop, for this thread alone; streams dropped meanwhile are ended before and after.
+
+        To be held for one step at most, as others wait. :class:`OwnJobs` says what their steps brought for one's jobs.
+        """
+        with self._alone():
             generation = self._open()
+            self._turns += 1
             self._end_dropped()
             self._busy += 1
             try:
@@ -234,10 +250,11 @@ class LLM:
             if self._generation is not None:
                 self._generation.abort(request)
 
-    def _abort(self, request: str) -> None:
-        with self._lock:
-            if self._generation is not None:
-                self._generation.abort(request)
+    def _abort(self, *requests: str) -> None:
+        with self._alone():
+            for request in requests:
+                if self._generation is not None:
+                    self._generation.abort(request)
 
     def _next(self, request: str) -> Delta:
         while True:
@@ -248,10 +265,34 @@ class LLM:
                 generation.step()
 
     def _complete(self, job: Job) -> Completion:
-        deltas: list[Delta] = []
-        while not job.done or job.deltas:
-            deltas.append(self._next(job.id))
-        return Completion.of(job, deltas)
+        while not job.done:
+            with self._engine() as generation:
+                if job.error is not None:
+                    raise job.error
+                if not job.done:
+                    generation.step()
+        return Completion.of(job, list(job.deltas))
+
+    def _wanted(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: int | Sequence[int],
+    ) -> list[Wanted]:
+        each = with_params(as_prompts(prompts), self.default_params if params is None else params, priority)
+        return [self._wanted_of(*one) for one in each]
+
+    def _wanted_of_stream(self, prompt: Prompt, params: SamplingParams | None, priority: int) -> Wanted:
+        ((_, how, rank),) = with_params([prompt], self.default_params if params is None else params, [priority])
+        if how.n > 1:
+            raise RequestError(f"a stream has one sample, n is {how.n}: start a stream for each, or use generate")
+        return self._wanted_of(prompt, how, rank)
+
+    def _wanted_of(self, prompt: Prompt, params: SamplingParams, priority: int) -> Wanted:
+        """What takes long to take in is done here, while others have their turns."""
+        if params.structured is not None:
+            self._open().guides.guide(params.structured)  # kept for the requests to come
+        return self.encode(prompt), params, priority
 
     def encode(self, prompt: Prompt) -> Sequence[int]:
         """The token ids of a prompt as :meth:`generate` takes it: strings of control tokens count as such, and BOS is
@@ -276,17 +317,6 @@ class LLM:
                 f"the prompt has {len(text):,} characters; the context of {self.plan.context:,} tokens cannot hold "
                 f"more than {most:,}"
             )
-
-    def _params_for(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> Sequence[SamplingParams]:
-        if params is None or isinstance(params, SamplingParams):
-            return [self.default_params if params is None else params] * len(prompts)
-        if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
-            raise RequestError(f"params must be SamplingParams or a sequence of them, got {type(params).__name__}")
-        if len(params) != len(prompts):
-            raise RequestError(f"{len(prompts)} prompts, but {len(params)} sampling parameters")
-        return params
 
     def _open(self) -> Generation:
         if self._generation is None:

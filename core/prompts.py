@@ -1,4 +1,4 @@
-"""Prompts as users write them: text, token ids, or a list of these.
+"""Prompts as users write them: text, token ids, or a list of these, and what goes with each.
 
 Knows nothing of tokenizers or models.
 """
@@ -9,6 +9,7 @@ import operator
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
+from .engine import SamplingParams
 from .errors import RequestError
 
 Prompt = str | Sequence[int]
@@ -32,6 +33,29 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if not items:
         raise RequestError("the list of prompts is empty; give at least one prompt")
     return items
+
+
+def is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Whether what :func:`as_prompts` takes is a single prompt rather than a list of them."""
+    return isinstance(prompts, str) or all(map(_is_id, prompts))
+
+
+def with_params(
+    prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams], priority: int | Sequence[int]
+) -> list[tuple[Prompt, SamplingParams, int]]:
+    """Each prompt with its parameters and priority, of which there are one for all or one for each.
+
+    Raises RequestError if there are too few or too many, or if parameters are something else.
+    """
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+    if not isinstance(each, Sequence) or not all(isinstance(one, SamplingParams) for one in each):
+        raise RequestError(f"params must be SamplingParams or a sequence of them, got {type(params).__name__}")
+    if len(each) != len(prompts):
+        raise RequestError(f"{len(prompts)} prompts, but {len(each)} sampling parameters")
+    ranks = [priority] * len(prompts) if isinstance(priority, int) else list(priority)
+    if len(ranks) != len(prompts):
+        raise RequestError(f"{len(prompts)} prompts, but {len(ranks)} priorities")
+    return list(zip(prompts, each, ranks, strict=True))
 
 
 def _is_id(item: object) -> bool:

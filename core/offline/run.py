@@ -13,6 +13,7 @@ from ..completion import Completion
 from ..errors import PolyheadError
 from ..openai import Asked, BodyError, answer, problem, read_body
 from ..openai.problem import is_the_request_s
+from ..own_jobs import OwnJobs
 from .input import Line
 from .output import Output
 
@@ -50,12 +51,11 @@ class Tally:
 
 @dataclass(slots=True, eq=False)
 class _Active:
-    """A line that is being answered: its jobs, one for each prompt, and how many have not ended."""
+    """A line that is being answered, and its jobs, one for each prompt."""
 
     line: Line
     asked: Asked
     jobs: list[Job] = field(default_factory=list)
-    open: int = 0
 
 
 class OfflineRun:
@@ -72,6 +72,7 @@ class OfflineRun:
         self._llm, self._lines, self._output, self._fingerprint = llm, lines, output, fingerprint
         self._window = 2 * min(llm.plan.max_batch, llm.plan.max_logit_rows)
         self._active: dict[str, _Active] = {}  # by job
+        self._own = OwnJobs(llm)
         self._sequences = 0
         self._exhausted = False
 
@@ -140,17 +141,15 @@ class OfflineRun:
                     "context_length_exceeded",
                 )
         active = _Active(line, asked)
-        with llm._engine() as generation:
+        with self._own.turn() as generation:
             try:
                 for ids in prompts:
                     job = generation.prepare(ids, asked.params, asked.priority)
                     active.jobs.append(job)
-                    generation.queue(job)
+                    self._own.queue(generation, job)
             except BaseException:
-                for job in active.jobs:
-                    generation.abort(job.id)
+                self._own.abort(generation, (job.id for job in active.jobs))
                 raise
-        active.open = len(active.jobs)
         self._active |= dict.fromkeys((job.id for job in active.jobs), active)
         self._sequences += sum(len(job.requests) for job in active.jobs)
 
@@ -164,12 +163,12 @@ class OfflineRun:
         return [llm.chat_prompt(messages, tools=asked.tools)]
 
     def _step(self) -> None:
-        with self._llm._engine() as generation:
-            changed = generation.step()
+        with self._own.turn() as generation:
+            changed = self._own.step(generation)
         self.tally.steps_tokens += len(changed)
         for job in changed:
             active = self._active.get(job.id)
-            if active is None:  # another thread's
+            if active is None:  # its line was answered for another of its jobs
                 continue
             error = job.error
             if error is not None:
@@ -177,10 +176,8 @@ class OfflineRun:
                     raise error
                 self._drop([other.id for other in active.jobs])
                 self._refuse(active.line, error)
-            elif job.done:
-                active.open -= 1
-                if not active.open:
-                    self._finish(active)
+            elif job.done and all(other.done for other in active.jobs):
+                self._finish(active)
 
     def _finish(self, active: _Active) -> None:
         line, asked, jobs = active.line, active.asked, active.jobs
@@ -219,12 +216,12 @@ class OfflineRun:
 
     def _drop(self, job_ids: Sequence[str]) -> None:
         """Forgets jobs, and ends those that have not ended."""
-        with self._llm._engine() as generation:
+        with self._own.turn() as generation:
             for job_id in job_ids:
                 active = self._active.pop(job_id, None)
                 if active is not None:
                     self._sequences -= next(len(job.requests) for job in active.jobs if job.id == job_id)
-                generation.abort(job_id)
+            self._own.abort(generation, job_ids)
 
 
 def settings_fingerprint(config: RunConfig) -> str:

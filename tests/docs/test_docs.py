@@ -53,13 +53,17 @@ def test_every_shipped_configuration_loads(path):
 
 
 @pytest.mark.model
-def test_the_readme_s_python_example_runs(smollm2_path, monkeypatch, capsys):
+def test_the_readme_s_python_examples_run(smollm2_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    (example,) = [text for where, text in blocks("python") if "llm.generate" in text and where.startswith("README")]
-    exec(compile(example, "README.md", "exec"), {})
+    blocking, tasks = [
+        text for where, text in blocks("python") if "llm.generate" in text and where.startswith("README")
+    ]
+    exec(compile(blocking, "README.md", "exec"), {})
     out = capsys.readouterr().out
     assert "Paris" in out
     assert "49152)" in out
+    exec(compile(tasks, "README.md", "exec"), {})
+    assert "Paris" in capsys.readouterr().out
 
 
 @pytest.mark.model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,3 +38,40 @@ def test_block_tables_are_padded_with_0_whatever_was_there_before(steps):
         batch.block_tables[:] = -1  # its arrays are its own
         assert batch.context_lens.tolist() == [2] * len(tables)
         assert batch.logit_rows.tolist() == [2 * i + 1 for i in range(len(tables))]
+
+
+def test_an_interrupt_at_any_line_leaves_nothing_that_a_later_batch_believes():
+    def step(*tables: list[int]) -> ScheduledStep:
+        requests = [Request(str(i), [1, 2]) for i in range(len(tables))]
+        for request, table in zip(requests, tables, strict=True):
+            request.block_table = table
+        return ScheduledStep.of([], [(request, 2) for request in requests])
+
+    old, new, later = [[1, 2], [3]], [[4, 5, 6], [7], [8]], [[9], [10, 11], [12], [13]]
+    for stop in range(1, 60):
+        batches, left = Batches(4), stop
+        batches.of(step(*old))
+
+        def trace(frame, event, arg):
+            nonlocal left
+            if not frame.f_code.co_filename.endswith("batches.py"):
+                return None
+            left -= event == "line"
+            if not left and event == "line":
+                raise KeyboardInterrupt
+            return trace
+
+        interrupted = step(*new)
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            batches.of(interrupted)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        for tables in ([*old, *new], later, [*new, *later[:1]]):
+            found = batches.of(step(*tables)).block_tables
+            width = max(map(len, tables))
+            assert found.tolist() == [table + [0] * (width - len(table)) for table in tables], stop
+    assert left > 0, "the last one ran through"
