@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pluggy
@@ -52,10 +52,18 @@ def check_modules(decoder: Decoder) -> None:
         if not isinstance(module, Module):
             continue
         where = f"blocks[{index}].mlp, a {type(module).__name__},"
-        for spec in module.tensors(decoder.hidden):
-            if not isinstance(spec, TensorSpec) or not isinstance(spec.shape, tuple):
-                raise PluginError(f"{where} yields {_short(spec)}, expected a TensorSpec whose shape is a tuple")
-        for name, size in module.scratch(decoder.hidden).items():
+        specs = module.tensors(decoder.hidden)
+        if not isinstance(specs, Iterable) or isinstance(specs, str):
+            raise PluginError(f"{where} returns {_short(specs)} from tensors(), expected to yield each TensorSpec")
+        for spec in specs:
+            if not isinstance(spec, TensorSpec):
+                raise PluginError(f"{where} yields {_short(spec)}, expected a TensorSpec")
+        scratch = module.scratch(decoder.hidden)
+        if not isinstance(scratch, Mapping):
+            raise PluginError(f"{where} returns {_short(scratch)} from scratch(), expected a dict of names and sizes")
+        for name, size in scratch.items():
+            if not isinstance(name, str):
+                raise PluginError(f"{where} names scratch {_short(name)}, expected a string")
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise PluginError(
                     f"{where} wants {_short(size)} values of scratch {name!r}, expected an integer above 0"
