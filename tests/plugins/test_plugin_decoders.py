@@ -51,6 +51,7 @@ def layered(tensors: str = "yield TensorSpec('t', (hidden,))", scratch: str = "{
     [
         ("1 / 0", r"failed on this file: ZeroDivisionError: division by zero"),
         ("import sys; sys.exit('no')", r"failed on this file: SystemExit: no"),
+        ("raise type('Odd', (BaseException,), {})('x')", r"failed on this file: Odd: x"),
         ("raise type('Bad', (Exception,), {'__str__': None})", r"failed on this file: Bad \(its message cannot"),
         ("return self.decoder(meta)", r"failed on this file: RecursionError"),
         ("return None", r"decoder\(\) returned NoneType, expected Decoder"),
@@ -71,6 +72,13 @@ def test_a_fault_in_decoder_names_the_plugin_and_is_no_crash(install, body, reas
     install(TEMPLATE.format(body))
     with pytest.raises(PluginError, match=f"{ORIGIN}:? {reason}"):
         discover().decoder(VALUES, {"e": (3, 2)})
+
+
+def test_what_a_plugin_prints_about_a_file_is_no_result(install, capsys):
+    install(TEMPLATE.format("print('looking')\n        " + some()))
+    with pytest.raises(ConfigError):  # for the keys it does not know
+        discover().decoder(VALUES, {"e": (3, 2)})
+    assert capsys.readouterr() == ("", "looking\n")
 
 
 @pytest.mark.parametrize(
