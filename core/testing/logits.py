@@ -174,10 +174,9 @@ class LogitTests(Base):
         subject = self.subject()
         for variant in self.variants():
             ids = subject.prompt(variant.decoder)
-            path, held = subject.file(variant)
-            expected = self._expected(variant, held, ids)
-            with _llm(subject, path, device) as llm:
+            with subject.file(variant) as (path, held), _llm(subject, path, device) as llm:
                 found = llm.logits(ids)
+            expected = self._expected(variant, held, ids)
             error = error_of(found, expected)
             if error >= tolerance:
                 rows = [error_of(mine, theirs) for mine, theirs in zip(found, expected, strict=True)]
@@ -191,10 +190,9 @@ class LogitTests(Base):
         subject = self.subject()
         for variant in self.variants():
             ids = subject.prompt(variant.decoder)
-            path, held = subject.file(variant)
             count = min(_GREEDY, variant.decoder.context - len(ids))
             params = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
-            with _llm(subject, path, device) as llm:
+            with subject.file(variant) as (path, held), _llm(subject, path, device) as llm:
                 tokens = list(llm.generate([ids], params)[0].token_ids)
             expected = self._expected(variant, held, [*ids, *tokens])
             for step, token in enumerate(tokens):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
 import tempfile
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,8 +69,6 @@ class Subject:
         self.architecture: Architecture
         self.plugin, self.architecture = self.registry.find(case.architecture)
         self.values: Mapping[str, Any] = MappingProxyType(case.values())
-        self._folder: Path | None = None
-        self._files: dict[tuple[str, str], tuple[Path, dict[str, F32]]] = {}
 
     def ask(
         self, values: Mapping[str, Any], tensors: Mapping[str, Sequence[int]], architecture: Architecture | None = None
@@ -162,17 +158,15 @@ class Subject:
         blocks = [block for variant in self.variants for block in variant.decoder.blocks]
         return list(dict.fromkeys(type(block.mlp) for block in blocks if isinstance(block.mlp, Module)))
 
-    def file(self, variant: Variant, kind: str = "F32") -> tuple[Path, dict[str, F32]]:
-        """A GGUF file of the variant with matrices of this type, written once, and the weights as it holds them."""
-        key = (variant.label, kind)
-        if key not in self._files:
-            if self._folder is None:
-                self._folder = Path(tempfile.mkdtemp(prefix="polyhead-testing-"))
-                weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-            path = self._folder / f"{len(self._files)}-{kind}.gguf"
-            held = write_model(path, self.case, variant.weights, types_for(variant.weights, variant.plain, kind))
-            self._files[key] = path, held
-        return self._files[key]
+    @contextmanager
+    def file(self, variant: Variant, kind: str = "F32") -> Iterator[tuple[Path, dict[str, F32]]]:
+        """A GGUF file of the variant with matrices of this type, and the weights as it holds them.
+
+        Gone when left: a run that is killed, as by a time limit, should leave nothing behind.
+        """
+        with tempfile.TemporaryDirectory(prefix="polyhead-testing-", ignore_cleanup_errors=True) as folder:
+            path = Path(folder) / f"{kind}.gguf"
+            yield path, write_model(path, self.case, variant.weights, types_for(variant.weights, variant.plain, kind))
 
     @contextmanager
     def loaded(

@@ -28,9 +28,8 @@ class TensorTests(Base):
         """A real file with exactly these tensors opens, and describes the same model as its metadata alone."""
         subject = self.subject()
         for variant in built(subject):
-            path, _ = subject.file(variant)
             try:
-                with Model(path, subject.registry) as model:
+                with subject.file(variant) as (path, _), Model(path, subject.registry) as model:
                     decoder = model.decoder
             except PolyheadError as error:
                 fail(f"a file {variant.label} cannot be opened: {error}")
@@ -109,12 +108,12 @@ class TensorTests(Base):
         subject, variant = self.subject(), self.first()
         ids = subject.prompt(variant.decoder)
         for kind in QUANTS:
-            path, held = subject.file(variant, kind)
-            expected = subject.logits(variant.decoder, held, ids)
             try:
-                found = _from_file(subject, path, ids, device)
+                with subject.file(variant, kind) as (path, held):
+                    found = _from_file(subject, path, ids, device)
             except PolyheadError as error:
                 fail(f"a file with matrices of type {kind} does not run on {device}: {error}")
+            expected = subject.logits(variant.decoder, held, ids)
             off = error_of(found, expected)
             if off >= tolerance:
                 fail(

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import naive
 import numpy as np
@@ -186,6 +187,25 @@ def test_the_tests_for_a_gpu_judge_whatever_runtime_they_are_given(install, monk
             assert failure(tests, name) == "12 decode steps on cpu captured no graph"
         else:
             getattr(tests, name)()
+
+
+def test_the_kit_s_files_are_gone_before_any_other_code_of_the_author_s_runs(install, tmp_path, monkeypatch):
+    """So that a run that is killed, by a time limit or while a slow reference computes, leaves none behind."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    install(SOUND)
+    tests, left = suite("strange_module"), []
+    original = type(tests).reference
+
+    def reference(self, metadata, weights, ids):
+        left.extend((tmp_path / "temporary").iterdir())
+        return original(self, metadata, weights, ids)
+
+    type(tests).reference = reference
+    for name in cpu_tests():
+        getattr(tests, name)()
+        left.extend((tmp_path / "temporary").iterdir())
+    assert not left
 
 
 def test_a_reference_of_another_shape_is_the_author_s_fault(install):
