@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from types import ModuleType
 
@@ -14,6 +15,7 @@ import pytest
 from ..arch import Block
 from ..errors import PolyheadError, summary
 from ..weights import claim
+from .alterations import alterations
 from .base import Base, built, fail, shown
 from .case import EMBEDDING
 from .memory import Info
@@ -82,6 +84,9 @@ class LoadingTests(Base):
         for variant in built(subject):
             for label, other in _others(subject):
                 _expect_equal(subject, variant, f"asked again after {label}", other)
+            for full, _, others in alterations(subject):
+                for value in others:
+                    _expect_equal(subject, variant, f"asked again after a file with {full} = {value}", {full: value})
 
     def test_block_returns_the_layers_of_the_decoder(self) -> None:
         """block(meta, i) equals decoder(meta).blocks[i]: each layer can be asked for by itself."""
@@ -115,9 +120,12 @@ def _others(subject: Subject) -> list[tuple[str, Variant | Subject]]:
     return [*same, (f"a file with {size} rows of {EMBEDDING}", Subject(subject.registry, other))]
 
 
-def _expect_equal(subject: Subject, variant: Variant, when: str, other: Variant | Subject) -> None:
+def _expect_equal(subject: Subject, variant: Variant, when: str, other: Variant | Subject | dict[str, object]) -> None:
     try:
-        if isinstance(other, Variant):
+        if isinstance(other, dict):
+            with suppress(Exception):  # refused; in words or not is another test's question
+                subject.ask({**subject.values, **other}, variant.shapes)
+        elif isinstance(other, Variant):
             subject.ask(subject.values, other.shapes)
         else:
             for strange in other.variants:

@@ -47,6 +47,7 @@ class Variant:
     asked: frozenset[str]
     needed: frozenset[str]
     defaulted: frozenset[str]
+    ignored: frozenset[str]
     weights: Mapping[str, F32]
 
     @property
@@ -87,7 +88,7 @@ class Subject:
         """The case with every tensor that the plugin asks for, and where that is another model, with none of them."""
         try:
             without: Variant | PolyheadError = self._variant(_only(()), "without optional tensors")
-        except NeedsShape:
+        except (NeedsShape, PluginError):  # no refusal of a file, but the author's to mend
             raise
         except PolyheadError as error:
             without = error
@@ -110,7 +111,7 @@ class Subject:
                 if not ignored:
                     return found
                 refused |= ignored
-        except NeedsShape:
+        except (NeedsShape, PluginError):
             raise
         except PolyheadError as error:
             best: Variant | PolyheadError = error
@@ -120,6 +121,8 @@ class Subject:
         for name in sorted(asked):
             try:
                 found = self._variant(_only((*present, name)), "with optional tensors")
+            except PluginError:
+                raise
             except PolyheadError:
                 continue
             if name in found.shapes:
@@ -134,7 +137,7 @@ class Subject:
         except PolyheadError:
             raise
         except (Exception, SystemExit) as error:
-            raise PluginError(f"decoder() failed on the case's metadata: {summary(error)}") from error
+            raise PluginError(f"decoder() failed on the case's metadata, {label}: {summary(error)}") from error
         specs = {spec.name: spec for spec in decoder.tensors()}
         rows = {decoder.tokens.weight: self.case.vocab}
         hinted = {name: shape for name, shape in self.case.tensors.items() if shape is not None}
@@ -145,7 +148,8 @@ class Subject:
             raise ConfigError(f"the case's model has {count:,} weights; take tiny sizes, {_MOST_WEIGHTS:,} at most")
         made = [TensorSpec(name, shape, specs[name].owner if name in specs else "") for name, shape in shapes.items()]
         weights = weights_for(made, self.case.seed)
-        sets = (frozenset(answers.asked), frozenset(meta.needed), frozenset(meta.defaulted))
+        ignored = frozenset(filter(meta.ignores, self.values))
+        sets = (frozenset(answers.asked), frozenset(meta.needed), frozenset(meta.defaulted), ignored)
         return Variant(label, decoder, MappingProxyType(shapes), *sets, MappingProxyType(weights))
 
     def check(self, variant: Variant) -> None:

@@ -11,7 +11,7 @@ from ..arch import Attention, Decoder, SplitQKV
 from ..errors import PolyheadError, summary
 from ..model import Model
 from ..weights import claim
-from .base import CPU_NOISE, CUDA_LOGITS, Base, built, error_of, fail, shown
+from .base import CPU_NOISE, CUDA_LOGITS, Base, built, error_of, fail, run, shown
 from .memory import Info
 from .steps import logits_of
 from .subject import Subject, Variant
@@ -91,7 +91,7 @@ class TensorTests(Base):
         # Each tensor costs a load, which takes longer on a GPU.
         for variant in self.variants() if device == "cpu" else [self.first()]:
             ids = subject.prompt(variant.decoder)
-            before = subject.logits(variant.decoder, variant.weights, ids, device)
+            before = run(subject, variant, variant.weights, ids, device)
             idle = []
             for name, neutral in _neutral(variant).items():
                 changed = {**variant.weights, name: np.full_like(variant.weights[name], neutral)}
@@ -113,7 +113,7 @@ class TensorTests(Base):
                     found = _from_file(subject, path, ids, device)
             except PolyheadError as error:
                 fail(f"a file with matrices of type {kind} does not run on {device}: {error}")
-            expected = subject.logits(variant.decoder, held, ids)
+            expected = run(subject, variant, held, ids, "cpu")
             off = error_of(found, expected)
             if off >= tolerance:
                 fail(

@@ -141,6 +141,7 @@ _BLOCK = "test_block_returns_the_layers_of_the_decoder"
 _READ = "test_every_metadata_key_of_the_case_is_read"
 _UNKNOWN = "test_an_unknown_metadata_key_is_refused"
 _MISSING = "test_a_missing_metadata_key_is_named"
+_VALUES = "test_every_metadata_value_matters"
 _STRANGE = "test_strange_metadata_is_refused_or_works"
 _CLAIMS = "test_the_tree_claims_every_tensor_of_a_file_once"
 _LACKING = "test_a_missing_tensor_is_named"
@@ -153,8 +154,10 @@ _BATCH = "test_a_batch_changes_no_sequence"
 _LOGITS = "test_logits_equal_the_reference"
 _GREEDY = "test_greedy_tokens_equal_the_reference"
 
+_COUNT = "    calls = 0\n    def count(self):\n        Mine.calls += 1\n        return Mine.calls\n\n    def eps("
 _EPS = 'return meta.get(float, "attention.layer_norm_rms_epsilon")'
 _NORMED = Case("mine", CASE.metadata, tensors={"blk.0.attn_k_norm.weight": (8,), "blk.1.attn_k_norm.weight": (8,)})
+_WIDE = Case("mine", {**CASE.metadata, "attention.key_length": 16, "attention.value_length": 16})
 _ROWS = "        out[...] = inner @ down.T\n"
 _ARCHITECTURES = "def polyhead_register_architectures():"
 
@@ -186,10 +189,14 @@ FAULTS = {
         "            context=meta.context(),",
         "            context=meta.context() + self.count(),",
         "returned another Decoder when asked again after a file with all optional tensors; it must depend on its meta",
-        SOUND.replace(
-            "    def eps(",
-            "    calls = 0\n    def count(self):\n        Mine.calls += 1\n        return Mine.calls\n\n    def eps(",
-        ),
+        SOUND.replace("    def eps(", _COUNT),
+    ),
+    "remembers a value of another file": Fault(
+        _PURE,
+        _EPS,
+        "self.last, before = meta.get(float, 'attention.layer_norm_rms_epsilon'), getattr(self, 'last', 1e-3)\n"
+        "        return before",
+        r"another Decoder when asked again after a file with mine\.attention\.layer_norm_rms_epsilon = 0\.002",
     ),
     "builds one layer for all": Fault(
         _BLOCK,
@@ -216,6 +223,30 @@ FAULTS = {
         'read_rope(meta, head_dim, "half")',
         'Rope(500.0, head_dim, "half")',
         "does not know the metadata mine.rope.freq_base = 500.0",
+    ),
+    "derives head_dim though the file says it": Fault(
+        _VALUES,
+        "        head =",
+        "        meta.get(int, 'attention.key_length'); meta.get(int, 'attention.value_length')\n        head =",
+        r"other values of mine\.attention\.key_length, mine\.attention\.value_length give the same Decoder: use what",
+        case=_WIDE,
+    ),
+    "ignores what decides": Fault(
+        _VALUES,
+        "        head =",
+        "        meta.ignore('attention.key_length', 'attention.value_length')\n        head =",
+        r"mine\.attention\.key_length, mine\.attention\.value_length give .* meta\.ignore \(not sizes of the model\)",
+        case=_WIDE,
+    ),
+    "reads eps and uses its own": Fault(
+        _VALUES, _EPS, _EPS + " and 1e-5", r"other values of mine\.attention\.layer_norm_rms_epsilon give the same Dec"
+    ),
+    "takes a layer's value for all": Fault(
+        _VALUES,
+        'meta.get(int, "feed_forward_length", minimum=1)',
+        "meta.layer(int, 'feed_forward_length', 0, minimum=1)",
+        r"other values of mine\.feed_forward_length\[1\] give the same",
+        case=Case("mine", {**CASE.metadata, "feed_forward_length": [64, 64]}),
     ),
     "ignores whatever it does not know": Fault(
         _UNKNOWN,
@@ -258,6 +289,22 @@ FAULTS = {
         "range(meta.layers())",
         'range(meta.get(int, "block_count", minimum=1))',
         r"with mine\.block_count = 2147483647 decoder\(\) does not end; bound what it loops over, as meta\.layers",
+    ),
+    "fails with an optional tensor": Fault(
+        _CLAIMS,
+        "head=Linear(head) if",
+        "head=Linear(head.name) if",
+        r"decoder\(\) failed on the case's metadata, with all optional tensors: AttributeError: 'str' object has",
+    ),
+    "has a string for a leaf that is optional": Fault(
+        _CLAIMS, "head=Linear(head) if", "head=head if", "Decoder: head is 'output.weight', expected Linear or None"
+    ),
+    "looks for tensors without end": Fault(
+        _CLAIMS,
+        "        head =",
+        "        while meta.has_tensor(f'more.{self.count()}'): pass\n        head =",
+        r"asks whether there is more\.\d+, .* name that one in the case: Case\(tensors=\{'more\.\d+': None\}\)",
+        SOUND.replace("    def eps(", _COUNT),
     ),
     "claims a tensor twice": Fault(
         _CLAIMS, 'Linear(name("attn_v"))', 'Linear(name("attn_k"))', r"claimed twice: blk\.0\.attn_k\.weight, by blocks"
