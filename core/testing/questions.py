@@ -37,7 +37,7 @@ class Answers(Mapping[str, Sequence[int]]):
         if len(self.asked) > _MOST_ASKED:
             raise NeedsShape(
                 f"the plugin asks whether there is {name}, and before that for {_MOST_ASKED:,} others: if it looks for "
-                f"the first that is missing, name that one in the case: Case(tensors={{{name!r}: None}})"
+                "the first that is missing, say in the case which that is: Case(tensors={name: None})"
             )
         if name in self._case.tensors:
             return self._case.tensors[str(name)] is not None

@@ -148,6 +148,7 @@ _LACKING = "test_a_missing_tensor_is_named"
 _SURPLUS = "test_a_surplus_tensor_is_refused"
 _MATTERS = "test_every_weight_matters"
 _QUANTS = "test_quantised_files_agree_with_their_dequantised_weights"
+_LAYER = "test_a_layer_of_its_own_writes_each_row_from_that_row_alone"
 _CAUSAL = "test_a_changed_token_changes_later_logits_and_no_earlier_ones"
 _CHUNKS = "test_prefill_equals_decode"
 _BATCH = "test_a_batch_changes_no_sequence"
@@ -303,7 +304,7 @@ FAULTS = {
         _CLAIMS,
         "        head =",
         "        while meta.has_tensor(f'more.{self.count()}'): pass\n        head =",
-        r"asks whether there is more\.\d+, .* name that one in the case: Case\(tensors=\{'more\.\d+': None\}\)",
+        r"asks whether there is more\.\d+, .* say in the case which that is: Case\(tensors=\{name: None\}\)",
         SOUND.replace("    def eps(", _COUNT),
     ),
     "claims a tensor twice": Fault(
@@ -373,6 +374,42 @@ FAULTS = {
         r"changing token 6 leaves the logits of token 7 as they were; does attention reach back \(Attention\.window\)",
     ),
     "overflows": Fault(_CAUSAL, "unused=()", "unused=(), logit_scale=1e39", "logits .* are not finite with random"),
+    "adds to what out holds": Fault(
+        _LAYER,
+        _ROWS,
+        _ROWS.replace("=", "+="),
+        r"a Square, .* leaves 4160 of 4160 values of out unwritten, or adds",
+        LAYERED,
+    ),
+    "reads scratch before it writes it": Fault(
+        _LAYER, "inner[...] = x @ up.T", "inner[:, 1:] = x @ up.T[:, 1:]", "or reads scratch that it has not", LAYERED
+    ),
+    "writes to its input": Fault(_LAYER, _ROWS, _ROWS + "        x[...] = 0\n", "a Square, .* writes to x", LAYERED),
+    "is random": Fault(
+        _LAYER,
+        _ROWS,
+        _ROWS + "        import numpy; out += numpy.random.default_rng().random(out.shape)\n",
+        "gives something else when it is called again",
+        LAYERED,
+    ),
+    "mixes rows where there are many": Fault(
+        _LAYER,
+        _ROWS,
+        _ROWS + "        out[64:-1] += x[65:]\n",
+        r"gives 64 of 130 rows by themselves 0\.\d+ otherwise than among the others",
+        LAYERED,
+    ),
+    "fails for one row": Fault(_LAYER, _ROWS, _ROWS + "        x[1]\n", "fails for 1 rows: IndexError", LAYERED),
+    "has a layer that equals all others": Fault(
+        _LAYER,
+        "@dataclass(frozen=True)\n",
+        "@dataclass(frozen=True, eq=False)\n",
+        r"compares equal to any other of its kind: decorate Square with @dataclass\(frozen=True\)",
+        LAYERED,
+    ),
+    "registers no implementation": Fault(
+        _LAYER, "[ModuleKind(Square, load)]", "[]", "has no ModuleKind: polyhead_register_modules", LAYERED
+    ),
     "keeps something from call to call": Fault(
         _CHUNKS,
         _ROWS,
