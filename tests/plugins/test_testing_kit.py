@@ -289,6 +289,13 @@ def test_optional_tensors_are_tried_present_and_absent(install):
     assert [variant.decoder.head is not None for variant in Subject("picky_module", CASE).variants] == [True, False]
 
 
+def test_a_tensor_that_the_case_itself_has_may_be_unused(install):
+    install(SOUND.replace("unused=()", "unused=('blk.0.attn_q.bias',)"))
+    named = Case("mine", CASE.metadata, tensors={"blk.0.attn_q.bias": (32,)})
+    suite("strange_module", named).test_a_surplus_tensor_is_refused()
+    assert "blk.0.attn_q.bias is accepted" in failure(suite("strange_module"), "test_a_surplus_tensor_is_refused")
+
+
 @pytest.mark.parametrize("quant", [None, "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_make_model_writes_a_file_that_runs(quant, tmp_path):
     path = tmp_path / "tiny.gguf"

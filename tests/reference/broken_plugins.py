@@ -340,6 +340,12 @@ FAULTS = {
     "excuses every tensor": Fault(
         _SURPLUS, "unused=()", "unused=('blk.*',)", r"surplus tensor blk\.0\.polyhead_testing\.weight is accepted: Dec"
     ),
+    "excuses a bias that files of the family may have": Fault(
+        _SURPLUS, "unused=()", "unused=('blk.*.attn_?.bias',)", r"surplus tensor blk\.0\.attn_q\.bias is accepted: Dec"
+    ),
+    "excuses norms that files of the family may have": Fault(
+        _SURPLUS, "unused=()", "unused=('*_norm.weight',)", r"surplus tensor token_embd_norm\.weight is accepted: Dec"
+    ),
     "switches its layers off": Fault(
         _MATTERS,
         "        return Block(",
