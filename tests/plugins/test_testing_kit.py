@@ -17,12 +17,13 @@ import polyhead_llama_gqa
 import polyhead_qwen3
 import pytest
 import tolerance
-from broken_plugins import CASE, FAULTS, LAYERED, SOUND
+from broken_plugins import CASE, FAULTS, LAYERED, ON_CUDA, SOUND
 from polyhead import LLM, SamplingParams
 from polyhead.arch import Metadata
-from polyhead.errors import ConfigError, PluginError
+from polyhead.errors import ConfigError, DeviceError, PluginError
 from polyhead.gguf import open_gguf
 from polyhead.plugins import discover
+from polyhead.runtime.cuda.compile_all import find_toolkit
 from polyhead.testing import Case, ConformanceTests, make_model
 from polyhead.testing import base as kit
 from polyhead.testing.subject import Subject
@@ -154,6 +155,33 @@ def test_an_installed_package_without_its_entry_point_fails(install, tmp_path):
     message = failure(suite("strange_module"), "test_the_installed_package_has_an_entry_point")
     assert "the package stranger is installed, but no entry point of the group polyhead names strange_module" in message
     assert 'strange_module = "strange_module"' in message
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("", "", ""),
+        ("threadIdx.x;", "threadIdx.y y;", r"square\.cu.* does not compile for sm_80:(.|\n)*square\.cu\(3\): error"),
+        ('extern "C" ', "", r"strange_module/square\.cu has no kernel square: is it extern"),
+        ('#include "prelude.cuh"', "typedef float act_t;", r"does not compile for sm_80(.|\n)*ph_to_float"),
+    ],
+)
+def test_cuda_source_is_compiled_where_it_can_be(install, old, new, message):
+    install(ON_CUDA.replace(old, new))
+    tests = suite("strange_module")
+    try:
+        find_toolkit()
+    except DeviceError as error:
+        reason = str(error)
+    else:
+        reason = ""
+    if reason:
+        assert skipped(tests, "test_kernels_of_its_own_compile") == f"kernels cannot be compiled here: {reason}"
+        return
+    if message:
+        assert re.search(message, failure(tests, "test_kernels_of_its_own_compile"))
+    else:
+        tests.test_kernels_of_its_own_compile()
 
 
 def skipped(tests: ConformanceTests, name: str) -> str:

@@ -117,6 +117,30 @@ def polyhead_register_modules():
 """
 )
 
+ON_CUDA = (
+    LAYERED.replace("ModuleKind(Square, load)", "ModuleKind(Square, load, Cuda)")
+    + """
+SOURCE = '''#include "prelude.cuh"
+extern "C" __global__ void square(const act_t* x, float* out, float* inner, int size) {
+    const int at = blockIdx.x * size + threadIdx.x;
+    inner[at] = out[at] = ph_to_float(x[at]) * ph_to_float(x[at]);
+}
+'''
+
+class Cuda:
+    def __init__(self, spec, setup):
+        self.file = setup.source("square.cu", SOURCE)
+        setup.compile(self.file, "square")
+        self.up, self.down = setup.matrix(spec.up), setup.matrix(spec.down)
+
+    def __call__(self, x, out, scratch, gpu):
+        rows, hidden = x.shape
+        inner = scratch["inner"].view("f32", rows, self.up.rows)
+        gpu.linear(x, self.up, inner)
+        gpu.launch(self.file, "square", (rows, 1, 1), hidden, x, out, inner, hidden)
+"""
+)
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -149,6 +173,7 @@ _SURPLUS = "test_a_surplus_tensor_is_refused"
 _MATTERS = "test_every_weight_matters"
 _QUANTS = "test_quantised_files_agree_with_their_dequantised_weights"
 _LAYER = "test_a_layer_of_its_own_writes_each_row_from_that_row_alone"
+_KERNELS = "test_kernels_of_its_own_compile"
 _CAUSAL = "test_a_changed_token_changes_later_logits_and_no_earlier_ones"
 _CHUNKS = "test_prefill_equals_decode"
 _BATCH = "test_a_batch_changes_no_sequence"
@@ -415,6 +440,34 @@ FAULTS = {
     ),
     "registers no implementation": Fault(
         _LAYER, "[ModuleKind(Square, load)]", "[]", "has no ModuleKind: polyhead_register_modules", LAYERED
+    ),
+    "fails to load on a GPU": Fault(
+        _KERNELS,
+        "setup.matrix(spec.down)",
+        "setup.vector(spec.down)",
+        r"blocks\[0\]\.mlp, a Square, with matrices of F16 and f16 activations, does not run on a GPU: DeviceError: .*"
+        r"lists no vector blk\.0\.ffn_down\.weight",
+        ON_CUDA,
+    ),
+    "takes more scratch on a GPU than it asked for": Fault(
+        _KERNELS,
+        '.view("f32", rows,',
+        '.view("f32", 2 * rows,',
+        r"f32 \[2, 64\] is more than the array f32 \[1, 64\]",
+        ON_CUDA,
+    ),
+    "launches with an empty grid": Fault(
+        _KERNELS, "(rows, 1, 1)", "(rows // 2, 1, 1)", r"square is launched with grid \(0, 1, 1\)", ON_CUDA
+    ),
+    "multiplies what does not fit on a GPU": Fault(
+        _KERNELS, "gpu.linear(x, self.up", "gpu.linear(x, self.down", r"linear of x \[1, 32\], .*cols=64", ON_CUDA
+    ),
+    "returns its result on a GPU": Fault(
+        _KERNELS,
+        "out, inner, hidden)\n",
+        "out, inner, hidden)\n        return out\n",
+        "it returned _Array; it must",
+        ON_CUDA,
     ),
     "keeps something from call to call": Fault(
         _CHUNKS,
