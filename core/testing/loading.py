@@ -24,16 +24,22 @@ from .subject import Subject, Variant, installed
 _DEVICE_LIBRARIES = "cuda cupy jax nvmath numba pycuda tensorflow torch transformers triton"
 _IMPORT = """
 import json, sys
-path, module, names = json.loads(sys.argv[1])
+path, module, names, case = json.load(sys.stdin)
 sys.path[:] = path
 from importlib.metadata import EntryPoint
 from polyhead.plugins import discover
 before = set(sys.modules)
-(plugin,) = discover(entry_points=[EntryPoint("subject", module, "polyhead")]).plugins
-loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
-loaded |= {name for name in sys.modules if name == "polyhead.runtime.cuda"}
-driver = any("libcuda.so" in line for line in open("/proc/self/maps"))
-print(json.dumps([plugin.reason, sorted(loaded & {*names.split(), "polyhead.runtime.cuda"}), driver]))
+def state():
+    loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
+    loaded |= {name for name in sys.modules if name == "polyhead.runtime.cuda"}
+    driver = any("libcuda.so" in line for line in open("/proc/self/maps"))
+    return sorted(loaded & {*names.split(), "polyhead.runtime.cuda"}), driver
+registry = discover(entry_points=[EntryPoint("subject", module, "polyhead")])
+found = [state()]
+if case and not registry.failures:
+    registry.decoder(*case)
+    found.append(state())
+print(json.dumps([registry.plugins[0].reason, found]))
 """
 
 
@@ -60,23 +66,32 @@ class LoadingTests(Base):
         )
 
     def test_importing_the_plugin_touches_no_device(self) -> None:
-        """In a fresh process: no library of a device or a framework is imported, no driver loaded."""
-        argument = json.dumps([sys.path, _name(self.plugin), _DEVICE_LIBRARIES])
+        """In a fresh process: no library of a device or a framework is imported, no driver loaded; nor by decoder()."""
+        given = json.dumps([sys.path, _name(self.plugin), _DEVICE_LIBRARIES, self._described()])
         done = subprocess.run(
-            [sys.executable, "-c", _IMPORT, argument], capture_output=True, text=True, timeout=120, check=False
+            [sys.executable, "-c", _IMPORT], input=given, capture_output=True, text=True, timeout=120, check=False
         )
         if done.returncode:
             fail(f"a fresh process cannot import the plugin: {done.stderr.strip()[-500:]}")
-        reason, libraries, driver = json.loads(done.stdout.splitlines()[-1])
+        reason, found = json.loads(done.stdout.splitlines()[-1])
         if reason:
             fail(f"in a fresh process the plugin does not load: {reason}")
-        if libraries:
-            fail(
-                f"importing the plugin imports {shown(libraries)}, which costs every command time and may take a "
-                "device; import it in the function that needs it"
-            )
-        if driver:
-            fail("importing the plugin loads the NVIDIA driver (libcuda); ask for a device only when a model is loaded")
+        for doing, (libraries, driver) in zip(("importing the plugin", "decoder()"), found, strict=False):
+            if libraries:
+                fail(
+                    f"{doing} imports {shown(libraries)}, which costs every command time and may take a "
+                    "device; import it in the function that needs it"
+                )
+            if driver:
+                fail(f"{doing} loads the NVIDIA driver (libcuda); ask for a device only when a model is loaded")
+
+    @classmethod
+    def _described(cls) -> list[object] | None:
+        """Metadata and tensors of the case's model; None where other tests say why there is none."""
+        try:
+            return [dict(cls.subject().values), dict(cls.first().shapes)]
+        except pytest.fail.Exception:
+            return None
 
     def test_decoder_is_pure_and_repeatable(self) -> None:
         """The same file gives an equal Decoder, whatever files were described before."""

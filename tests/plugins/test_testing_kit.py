@@ -135,6 +135,13 @@ def test_a_module_that_touches_a_device_at_import_fails(install, tmp_path):
     assert message.startswith("importing the plugin imports cupy, which costs every command time")
 
 
+def test_a_decoder_that_touches_a_device_fails(install, tmp_path):
+    (tmp_path / "site" / "cupy.py").write_text("")
+    install(SOUND.replace("        head =", "        import cupy\n        head ="))
+    message = failure(suite("strange_module"), "test_importing_the_plugin_touches_no_device")
+    assert message.startswith("decoder() imports cupy, which costs every command time")
+
+
 def test_a_module_that_loads_the_driver_at_import_fails(install, tmp_path):
     driver = tmp_path / "libcuda.so.1"
     shutil.copy(_ctypes.__file__, driver)
