@@ -95,7 +95,9 @@ class Subject:
         full = self._fullest(without.asked if isinstance(without, Variant) else frozenset())
         if isinstance(full, PolyheadError):
             if isinstance(without, PolyheadError):
-                raise full
+                if str(without) == str(full):
+                    raise full
+                raise ConfigError(f"without optional tensors: {without}\nwith all of them: {full}") from without
             return (without,)
         if isinstance(without, PolyheadError) or full.decoder == without.decoder:
             return (full,)

@@ -308,6 +308,16 @@ def test_a_test_class_without_plugin_or_case_says_what_to_write():
     )
 
 
+def test_a_case_that_is_refused_with_and_without_optional_tensors_says_why_for_both(install):
+    install(
+        SOUND.replace("        head =", "        if meta.has_tensor('odd'): raise ConfigError('odd')\n        head =")
+    )
+    none = Case("mine", {**CASE.metadata, "attention.head_count": 5})
+    with pytest.raises(ConfigError) as error:
+        _ = Subject("strange_module", none).variants
+    assert str(error.value) == "without optional tensors: heads do not divide the width\nwith all of them: odd"
+
+
 def test_optional_tensors_are_tried_present_and_absent(install):
     install(SOUND)
     variants = Subject("strange_module", CASE).variants
