@@ -17,7 +17,9 @@ import polyhead_llama_gqa
 import polyhead_qwen3
 import pytest
 import tolerance
-from broken_plugins import CASE, FAULTS, LAYERED, ON_CUDA, SOUND
+from broken_layers import LAYER_FAULTS, LAYERED, ON_CUDA
+from broken_plugins import CASE, SOUND
+from broken_plugins import FAULTS as PLUGIN_FAULTS
 from polyhead import LLM, SamplingParams
 from polyhead.arch import Metadata
 from polyhead.errors import ConfigError, DeviceError, PluginError
@@ -76,6 +78,7 @@ class TestQwen3(Conformance):
     case = Case("qwen3", {**RMS_NORM, "attention.key_length": 24, "attention.value_length": 24})
 
 
+FAULTS = {**PLUGIN_FAULTS, **LAYER_FAULTS}
 HEAD = "from polyhead import ModuleKind, hookimpl\nfrom polyhead.arch import *\n"
 
 
