@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from . import hookspecs
 from .arch import Decoder, Module, TensorSpec
-from .architecture import SUPPORTED_API_VERSIONS, Architecture
+from .architecture import API_VERSION, SUPPORTED_API_VERSIONS, Architecture
 from .errors import PluginError
 from .runtime.modules import ModuleKind
+
+if TYPE_CHECKING:
+    import click
 
 PROJECT = "polyhead"
 HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("polyhead_"))
@@ -52,14 +55,36 @@ def check_modules(decoder: Decoder) -> None:
         if not isinstance(module, Module):
             continue
         where = f"blocks[{index}].mlp, a {type(module).__name__},"
-        for spec in module.tensors(decoder.hidden):
-            if not isinstance(spec, TensorSpec) or not isinstance(spec.shape, tuple):
-                raise PluginError(f"{where} yields {_short(spec)}, expected a TensorSpec whose shape is a tuple")
-        for name, size in module.scratch(decoder.hidden).items():
+        specs = module.tensors(decoder.hidden)
+        if not isinstance(specs, Iterable) or isinstance(specs, str):
+            raise PluginError(f"{where} returns {_short(specs)} from tensors(), expected to yield each TensorSpec")
+        for spec in specs:
+            if not isinstance(spec, TensorSpec):
+                raise PluginError(f"{where} yields {_short(spec)}, expected a TensorSpec")
+        scratch = module.scratch(decoder.hidden)
+        if not isinstance(scratch, Mapping):
+            raise PluginError(f"{where} returns {_short(scratch)} from scratch(), expected a dict of names and sizes")
+        for name, size in scratch.items():
+            if not isinstance(name, str):
+                raise PluginError(f"{where} names scratch {_short(name)}, expected a string")
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise PluginError(
                     f"{where} wants {_short(size)} values of scratch {name!r}, expected an integer above 0"
                 )
+
+
+def check_commands(before: Mapping[str, click.Command], commands: object) -> None:
+    """Checks what a plugin made of the command line's table of commands: all of ``before``, and others by name."""
+    import click
+
+    if not isinstance(commands, dict):
+        raise PluginError(f"puts {_short(commands)} in place of the commands")
+    taken = [name for name, command in before.items() if commands.get(name) is not command]
+    if taken:
+        raise PluginError(f"redefines the command {', '.join(taken)}")
+    for name, command in commands.items():
+        if not _is_name(name) or not isinstance(command, click.Command):
+            raise PluginError(f"adds {_short(command)} as {_short(name)}, expected a click.Command with a name")
 
 
 def _check_hooks(manager: pluggy.PluginManager, target: object) -> None:
@@ -85,7 +110,7 @@ def _returned(manager: pluggy.PluginManager, hook: str) -> list[Any]:
     caller: pluggy.HookCaller = getattr(manager.hook, hook)
     for impl in caller.get_hookimpls():
         value = impl.function()  # not caller(): pluggy drops a None without a word
-        if isinstance(value, str) or not isinstance(value, Sequence):
+        if isinstance(value, str | bytes) or not isinstance(value, Sequence):
             raise PluginError(f"{hook} returned {_short(value)}, expected a list")
         items += value
     return items
@@ -97,6 +122,8 @@ def _check_architecture(architecture: Any) -> None:
         raise PluginError(f"{label} is a class; return an instance of it, {architecture.__name__}()")
     # First, because another version of the contract may ask for other fields.
     version = getattr(architecture, "api_version", None)
+    if hasattr(architecture, "api_version") and type(version) is not int:
+        raise PluginError(f"{label}: api_version is {_short(version)}, expected an integer, now {API_VERSION}")
     if version is not None and version not in SUPPORTED_API_VERSIONS:
         supported = ", ".join(map(str, SUPPORTED_API_VERSIONS))
         raise PluginError(
@@ -108,10 +135,18 @@ def _check_architecture(architecture: Any) -> None:
     if missing:
         raise PluginError(f"{label} lacks {', '.join(missing)}")
     name, names = architecture.name, architecture.gguf_names
-    if not isinstance(name, str) or not name:
-        raise PluginError(f"{label}: name is {_short(name)}, expected a string")
-    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) and name for name in names):
-        raise PluginError(f"{label}: gguf_names is {_short(names)}, expected a tuple of strings")
+    if not _is_name(name):
+        raise PluginError(f"{label}: name is {_short(name)}, expected a string that can be typed")
+    if not isinstance(names, list | tuple) or not names or not all(map(_is_name, names)):
+        raise PluginError(f"{label}: gguf_names is {_short(names)}, expected a tuple of strings that can be typed")
+    accepts = getattr(architecture, "accepts", None)
+    if accepts is not None and not callable(accepts):
+        raise PluginError(f"{label}: accepts is {_short(accepts)}, expected a method")
+
+
+def _is_name(value: object) -> bool:
+    """Lists and messages show it on one line, and users type it."""
+    return isinstance(value, str) and value.isprintable() and value.strip() == value != ""
 
 
 def _check_module_kind(kind: Any) -> None:

@@ -20,7 +20,8 @@ import pluggy
 from .arch import Decoder, Metadata, Module
 from .architecture import Architecture
 from .errors import ConfigError, MissingKeyError, PluginError, PolyheadError, summary
-from .plugin_checks import check_modules, read_plugin
+from .plugin_checks import check_commands, check_modules, read_plugin
+from .plugin_loading import aside, contained, load
 from .runtime.modules import ModuleKind
 
 if TYPE_CHECKING:
@@ -151,15 +152,12 @@ class Registry:
                 continue
             before = dict(cli.commands)
             try:
-                plugin.manager.hook.polyhead_register_commands(cli=cli)
-                taken = [name for name, command in before.items() if cli.commands.get(name) is not command]
-                problem = f"redefines the command {', '.join(taken)}" if taken else ""
-            except (Exception, SystemExit) as error:
-                problem = summary(error)
-            if problem:
-                cli.commands.clear()
-                cli.commands.update(before)
-                warn(f"plugin {plugin.origin}: its commands are left out: {problem}")
+                with contained("while it added commands"):
+                    plugin.manager.hook.polyhead_register_commands(cli=cli)
+                    check_commands(before, cli.commands)
+            except PolyheadError as error:
+                cli.commands = before
+                warn(f"plugin {plugin.origin}: its commands are left out: {error}")
 
     def _known(self) -> str:
         lines = [
@@ -227,12 +225,13 @@ def discover(
 def _blaming(plugin: Plugin) -> Iterator[None]:
     """Errors of a plugin's own code name it; those it raises on purpose about the file stay as they are."""
     try:
-        yield
+        with aside():
+            yield
     except PluginError as error:
         raise PluginError(f"plugin {plugin.origin}: {error}") from error
-    except PolyheadError:
+    except (PolyheadError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise PluginError(f"plugin {plugin.origin} failed on this file: {summary(error)}") from error
 
 
@@ -260,13 +259,13 @@ def _distribution(entry: importlib_metadata.EntryPoint) -> tuple[str, str]:
 
 def _load(plugin: Plugin, entry: importlib_metadata.EntryPoint) -> None:
     try:
-        plugin.manager, plugin.architectures, plugin.modules = read_plugin(entry.load(), plugin.name)
-    except PluginError as error:
+        with contained("while it was loaded"):
+            plugin.manager, plugin.architectures, plugin.modules = read_plugin(load(entry), plugin.name)
+    except PolyheadError as error:
         plugin.fail(str(error))
-    except Exception as error:
-        plugin.fail(summary(error))
-    except SystemExit as error:  # a module that calls sys.exit() at import must not end the command
-        plugin.fail(f"called sys.exit({error.code!r}) while it was loaded")
+    except KeyboardInterrupt:
+        _log.warning("interrupted while plugin %s was loaded", plugin.origin)
+        raise
 
 
 def _refuse_unknown(disable: Collection[str], plugins: Sequence[Plugin]) -> None:

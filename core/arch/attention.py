@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .fields import check_fields
 from .linear import Linear
 from .norm import Norm
 from .position import Rope
@@ -20,12 +21,18 @@ class SplitQKV:
     k: Linear
     v: Linear
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True, slots=True)
 class FusedQKV:
     """One matrix whose rows are all of Q, then all of K, then all of V."""
 
     proj: Linear
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,7 @@ class Attention:
     scale: float | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_positive("Attention", heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim)
         check(
             self.heads % self.kv_heads == 0,

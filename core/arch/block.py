@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .attention import Attention
+from .fields import check_fields
 from .mlp import MLP
 from .module import Module
 from .norm import Norm
@@ -33,6 +34,7 @@ class Block:
     residual_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check(
             self.residual in ("sequential", "parallel"),
             f"Block: residual is {self.residual!r}, expected 'sequential' or 'parallel'",

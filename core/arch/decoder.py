@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .block import Block
+from .fields import check_fields
 from .linear import Embedding, Linear
 from .norm import Norm
 from .position import LearnedPositions
-from .tensors import TensorSpec, check, check_positive, within
+from .tensors import MOST_POSITIONS, TensorSpec, check, check_positive, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,14 @@ class Decoder:
     unused: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        # The letters of a string would each be a pattern, and its * would excuse every tensor.
+        check(not isinstance(self.unused, str), f"Decoder: unused is {self.unused!r}, expected a tuple of patterns")
+        for name in ("blocks", "unused"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        check_fields(self)
         check_positive("Decoder", hidden=self.hidden, vocab=self.vocab, context=self.context)
+        check(self.context <= MOST_POSITIONS, f"Decoder: context is {self.context}, expected at most {MOST_POSITIONS}")
         check(len(self.blocks) > 0, "Decoder: blocks is empty, expected at least one block")
         for name in ("embedding_scale", "logit_scale"):
             value = getattr(self, name)
@@ -51,8 +59,6 @@ class Decoder:
             self.logit_softcap is None or (math.isfinite(self.logit_softcap) and self.logit_softcap > 0),
             f"Decoder: logit_softcap is {self.logit_softcap!r}, expected a number above 0",
         )
-        # The letters of a string would each be a pattern, and its * would excuse every tensor.
-        check(not isinstance(self.unused, str), f"Decoder: unused is {self.unused!r}, expected a tuple of patterns")
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Every tensor the model reads, in the order of the tree; a tied head adds none."""

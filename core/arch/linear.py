@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .fields import check_fields
 from .tensors import TensorSpec
 
 
@@ -14,6 +15,9 @@ class Linear:
 
     weight: str
     bias: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def tensors(self, out_features: int, in_features: int) -> Iterator[TensorSpec]:
         yield TensorSpec(self.weight, (out_features, in_features))
@@ -26,6 +30,9 @@ class Embedding:
     """A row per id. ``weight`` names a tensor [rows, hidden]."""
 
     weight: str
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def tensors(self, rows: int, hidden: int) -> Iterator[TensorSpec]:
         yield TensorSpec(self.weight, (rows, hidden))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from .fields import check_fields
 from .linear import Linear
 from .tensors import TensorSpec, check, check_positive, within
 
@@ -18,6 +19,9 @@ class FusedGateUp:
     """One matrix whose first ``size`` rows are the gate and whose last ``size`` rows are up."""
 
     proj: Linear
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,7 @@ class MLP:
     gate: Linear | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_positive("MLP", size=self.size)
         check(
             self.activation in ACTIVATIONS,

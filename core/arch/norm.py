@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .fields import check_fields
 from .tensors import TensorSpec, check
 
 
@@ -20,6 +21,7 @@ class RMSNorm:
     eps: float
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_eps(f"RMSNorm({self.weight})", self.eps)
 
     def tensors(self, size: int) -> Iterator[TensorSpec]:
@@ -35,6 +37,7 @@ class LayerNorm:
     eps: float
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_eps(f"LayerNorm({self.weight})", self.eps)
 
     def tensors(self, size: int) -> Iterator[TensorSpec]:

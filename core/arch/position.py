@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from .fields import check_fields
 from .tensors import TensorSpec, check, check_positive
 
 Pairing = Literal["interleaved", "half"]
@@ -17,6 +18,9 @@ class LearnedPositions:
     """A row per position, added to the token embedding. ``weight`` names a tensor [context, hidden]."""
 
     weight: str
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def tensors(self, context: int, hidden: int) -> Iterator[TensorSpec]:
         yield TensorSpec(self.weight, (context, hidden))
@@ -29,6 +33,7 @@ class LinearScaling:
     factor: float
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check(
             math.isfinite(self.factor) and self.factor > 0,
             f"LinearScaling: factor is {self.factor!r}, expected a number above 0",
@@ -49,6 +54,7 @@ class YarnScaling:
     magnitude: float | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check(
             math.isfinite(self.factor) and self.factor >= 1,
             f"YarnScaling: factor is {self.factor!r}, expected a number of at least 1",
@@ -81,6 +87,7 @@ class Rope:
     factors: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check(
             math.isfinite(self.theta) and self.theta > 1,
             f"Rope: theta is {self.theta!r}, expected a number above 1",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from ..errors import ConfigError
+from ..errors import ConfigError, PluginError
+from .fields import is_integer
 
 MOST_POSITIONS = 2**31 - 1
 """Positions are int32 on every device."""
@@ -24,6 +25,15 @@ class TensorSpec:
     shape: tuple[int, ...]
     owner: str = ""
     shared: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name or any("\ud800" <= each <= "\udfff" for each in self.name):
+            raise PluginError(f"TensorSpec: name is {self.name!r}, expected a tensor's name, in UTF-8")
+        if not isinstance(self.owner, str):
+            raise PluginError(f"TensorSpec({self.name}): owner is {self.owner!r}, expected a string")
+        if not isinstance(self.shape, tuple) or not self.shape or not all(map(is_integer, self.shape)):
+            raise PluginError(f"TensorSpec({self.name}): shape is {self.shape!r}, expected a tuple of integers")
+        check(min(self.shape) > 0, f"TensorSpec({self.name}): shape is {list(self.shape)}, expected sizes above 0")
 
 
 def within(prefix: str, specs: Iterable[TensorSpec]) -> Iterator[TensorSpec]:

@@ -76,10 +76,10 @@ def write(names: Names, directory: Path) -> Path:
     Raises ConfigError where the folder exists already or cannot be made.
     """
     folder = directory / names.distribution
-    if folder.exists() or folder.is_symlink():
-        raise ConfigError(f"{folder} exists already; remove it, or choose another place with --directory")
     templates = resources.files(__package__) / "scaffold"
     try:
+        if folder.exists() or folder.is_symlink():
+            raise ConfigError(f"{folder} exists already; remove it, or choose another place with --directory")
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".polyhead-") as work:
             made = Path(work) / "package"

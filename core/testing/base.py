@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import pytest
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from ..errors import PolyheadError
 from .case import Case
 from .subject import Subject, Variant
 
+F32 = NDArray[np.float32]
 CPU_NOISE = 1e-5
 """Two ways to the same float32 result on the CPU differ by less, relative."""
 CUDA_NOISE = 5e-3
@@ -75,10 +76,21 @@ class Base:
             pytest.skip("no CUDA packages: pip install 'polyhead[cu13]'")
         subject = cls.subject()
         kinds = subject.registry.module_kinds()
+        built(subject)
         for spec in subject.kinds():
             if getattr(kinds.get(spec), "cuda", None) is None:
                 pytest.skip(f"{spec.__name__} has no CUDA implementation: its ModuleKind gives no cuda")
         return f"cuda:{usable.index}"
+
+
+def run(
+    subject: Subject, variant: Variant, weights: Mapping[str, F32], ids: Sequence[int], device: str, **options: Any
+) -> F32:
+    """Logits of a variant with these weights; a failure where it does not run."""
+    try:
+        return subject.logits(variant.decoder, weights, ids, device, **options)
+    except PolyheadError as error:
+        fail(f"the model does not run on {device}, {variant.label}: {error}")
 
 
 def built(subject: Subject) -> tuple[Variant, ...]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from .kernels import KernelTests
 from .keys import KeyTests
+from .layers import LayerTests
 from .loading import LoadingTests
 from .logits import LogitTests
 from .tensors import TensorTests
 
 
-class ConformanceTests(LoadingTests, KeyTests, TensorTests, LogitTests):
+class ConformanceTests(LoadingTests, KeyTests, TensorTests, LayerTests, KernelTests, LogitTests):
     """Subclass it in a test file, give it ``plugin`` and ``case``, and run pytest; one subclass for each case.
 
     ``plugin`` is the module with the hookimpls, or its import name. Define ``reference(self, metadata, weights, ids)``

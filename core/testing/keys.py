@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError, PolyheadError, summary
 from ..weights import claim
+from .alterations import alterations
 from .base import Base, built, fail, shown
 from .memory import Info
 from .subject import Subject, Variant
@@ -34,6 +35,19 @@ STRANGE: tuple[object, ...] = (
     ["text"],
 )
 _SECONDS = 1.0
+_PADDED = ("vocab_size",)
+"""A vocabulary smaller than the embedding is padding, which changes nothing."""
+_DECIDING = (
+    "block_count",
+    "embedding_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_epsilon",
+    "attention.layer_norm_rms_epsilon",
+)
+"""Keys that no model computes the same without; where they are in the case, ``meta.ignore`` is no excuse."""
 
 
 class KeyTests(Base):
@@ -47,6 +61,24 @@ class KeyTests(Base):
                 subject.registry.decoder(subject.values, variant.shapes)
             except PolyheadError as error:
                 fail(f"the case's metadata is refused: {error}")
+
+    def test_every_metadata_value_matters(self) -> None:
+        """Another value gives another Decoder or is refused; one that changes nothing was read and not used."""
+        subject = self.subject()
+        variants = list(self.variants())
+        ignored = {full for full in subject.values if all(full in variant.ignored for variant in variants)}
+        idle: list[str] = []
+        for full, what, others in alterations(subject):
+            key = full.removeprefix(f"{subject.case.architecture}.")
+            if key in _PADDED or (full in ignored and key not in _DECIDING):
+                continue
+            if all(_same(subject, variant, full, other) for variant in variants for other in others):
+                idle.append(what)
+        if idle:
+            fail(
+                f"other values of {shown(idle)} give the same Decoder: use what the file says, refuse what you do not "
+                "support with meta.require, or name what never matters with meta.ignore (not sizes of the model)"
+            )
 
     def test_an_unknown_metadata_key_is_refused(self) -> None:
         """A key of this architecture that the plugin never heard of must not pass in silence."""
@@ -92,6 +124,13 @@ class KeyTests(Base):
             full = subject.case.full(key)
             for value in STRANGE:
                 _try(subject, variant, full, value)
+
+
+def _same(subject: Subject, variant: Variant, full: str, value: object) -> bool:
+    try:
+        return subject.ask({**subject.values, full: value}, variant.shapes)[0] == variant.decoder
+    except Exception:  # refused; in words or not is another test's question
+        return False
 
 
 def _lacking(subject: Subject, full: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from types import ModuleType
 
@@ -14,6 +15,7 @@ import pytest
 from ..arch import Block
 from ..errors import PolyheadError, summary
 from ..weights import claim
+from .alterations import alterations
 from .base import Base, built, fail, shown
 from .case import EMBEDDING
 from .memory import Info
@@ -22,16 +24,22 @@ from .subject import Subject, Variant, installed
 _DEVICE_LIBRARIES = "cuda cupy jax nvmath numba pycuda tensorflow torch transformers triton"
 _IMPORT = """
 import json, sys
-path, module, names = json.loads(sys.argv[1])
+path, module, names, case = json.load(sys.stdin)
 sys.path[:] = path
 from importlib.metadata import EntryPoint
 from polyhead.plugins import discover
 before = set(sys.modules)
-(plugin,) = discover(entry_points=[EntryPoint("subject", module, "polyhead")]).plugins
-loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
-loaded |= {name for name in sys.modules if name == "polyhead.runtime.cuda"}
-driver = any("libcuda.so" in line for line in open("/proc/self/maps"))
-print(json.dumps([plugin.reason, sorted(loaded & {*names.split(), "polyhead.runtime.cuda"}), driver]))
+def state():
+    loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
+    loaded |= {name for name in sys.modules if name == "polyhead.runtime.cuda"}
+    driver = any("libcuda.so" in line for line in open("/proc/self/maps"))
+    return sorted(loaded & {*names.split(), "polyhead.runtime.cuda"}), driver
+registry = discover(entry_points=[EntryPoint("subject", module, "polyhead")])
+found = [state()]
+if case and not registry.failures:
+    registry.decoder(*case)
+    found.append(state())
+print(json.dumps([registry.plugins[0].reason, found]))
 """
 
 
@@ -58,23 +66,32 @@ class LoadingTests(Base):
         )
 
     def test_importing_the_plugin_touches_no_device(self) -> None:
-        """In a fresh process: no library of a device or a framework is imported, no driver loaded."""
-        argument = json.dumps([sys.path, _name(self.plugin), _DEVICE_LIBRARIES])
+        """In a fresh process: no library of a device or a framework is imported, no driver loaded; nor by decoder()."""
+        given = json.dumps([sys.path, _name(self.plugin), _DEVICE_LIBRARIES, self._described()])
         done = subprocess.run(
-            [sys.executable, "-c", _IMPORT, argument], capture_output=True, text=True, timeout=120, check=False
+            [sys.executable, "-c", _IMPORT], input=given, capture_output=True, text=True, timeout=120, check=False
         )
         if done.returncode:
             fail(f"a fresh process cannot import the plugin: {done.stderr.strip()[-500:]}")
-        reason, libraries, driver = json.loads(done.stdout.splitlines()[-1])
+        reason, found = json.loads(done.stdout.splitlines()[-1])
         if reason:
             fail(f"in a fresh process the plugin does not load: {reason}")
-        if libraries:
-            fail(
-                f"importing the plugin imports {shown(libraries)}, which costs every command time and may take a "
-                "device; import it in the function that needs it"
-            )
-        if driver:
-            fail("importing the plugin loads the NVIDIA driver (libcuda); ask for a device only when a model is loaded")
+        for doing, (libraries, driver) in zip(("importing the plugin", "decoder()"), found, strict=False):
+            if libraries:
+                fail(
+                    f"{doing} imports {shown(libraries)}, which costs every command time and may take a "
+                    "device; import it in the function that needs it"
+                )
+            if driver:
+                fail(f"{doing} loads the NVIDIA driver (libcuda); ask for a device only when a model is loaded")
+
+    @classmethod
+    def _described(cls) -> list[object] | None:
+        """Metadata and tensors of the case's model; None where other tests say why there is none."""
+        try:
+            return [dict(cls.subject().values), dict(cls.first().shapes)]
+        except pytest.fail.Exception:
+            return None
 
     def test_decoder_is_pure_and_repeatable(self) -> None:
         """The same file gives an equal Decoder, whatever files were described before."""
@@ -82,6 +99,9 @@ class LoadingTests(Base):
         for variant in built(subject):
             for label, other in _others(subject):
                 _expect_equal(subject, variant, f"asked again after {label}", other)
+            for full, _, others in alterations(subject):
+                for value in others:
+                    _expect_equal(subject, variant, f"asked again after a file with {full} = {value}", {full: value})
 
     def test_block_returns_the_layers_of_the_decoder(self) -> None:
         """block(meta, i) equals decoder(meta).blocks[i]: each layer can be asked for by itself."""
@@ -115,9 +135,12 @@ def _others(subject: Subject) -> list[tuple[str, Variant | Subject]]:
     return [*same, (f"a file with {size} rows of {EMBEDDING}", Subject(subject.registry, other))]
 
 
-def _expect_equal(subject: Subject, variant: Variant, when: str, other: Variant | Subject) -> None:
+def _expect_equal(subject: Subject, variant: Variant, when: str, other: Variant | Subject | dict[str, object]) -> None:
     try:
-        if isinstance(other, Variant):
+        if isinstance(other, dict):
+            with suppress(Exception):  # refused; in words or not is another test's question
+                subject.ask({**subject.values, **other}, variant.shapes)
+        elif isinstance(other, Variant):
             subject.ask(subject.values, other.shapes)
         else:
             for strange in other.variants:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..engine import SamplingParams
 from ..errors import PolyheadError
-from .base import CPU_NOISE, CUDA_LOGITS, CUDA_NOISE, Base, error_of, fail
+from .base import CPU_NOISE, CUDA_LOGITS, CUDA_NOISE, Base, error_of, fail, run
 from .memory import MemorySource
 from .steps import batch_of, logits_of
 from .subject import Subject, Variant
@@ -56,8 +56,8 @@ class LogitTests(Base):
         device, subject = self.gpu(), self.subject()
         for variant in self.variants():
             ids = subject.prompt(variant.decoder)
-            expected = subject.logits(variant.decoder, variant.weights, ids)
-            error = error_of(subject.logits(variant.decoder, variant.weights, ids, device), expected)
+            expected = run(subject, variant, variant.weights, ids, "cpu")
+            error = error_of(run(subject, variant, variant.weights, ids, device), expected)
             if error >= CUDA_LOGITS:
                 fail(f"logits on {device}, {variant.label}, are {error:.2g} off the CPU runtime's, expected < 1e-2")
 
@@ -65,7 +65,7 @@ class LogitTests(Base):
         """Steps of one token are captured once and replayed, with the logits of the CPU runtime."""
         device, subject, variant = self.gpu(), self.subject(), self.first()
         ids = subject.prompt(variant.decoder)
-        expected = subject.logits(variant.decoder, variant.weights, ids)
+        expected = run(subject, variant, variant.weights, ids, "cpu")
         source = MemorySource(variant.weights)
         with subject.loaded(variant.decoder, source, device, max_tokens=1, max_batch=1) as model:
             error = error_of(logits_of(model, ids), expected)
@@ -93,18 +93,18 @@ class LogitTests(Base):
 
     def _causal(self, device: str) -> None:
         subject = self.subject()
-        # Products over groups of rows may round otherwise when a group changes, so a layer of a plugin's own has leave.
-        exact = not subject.kinds()
         noise = CPU_NOISE if device == "cpu" else CUDA_NOISE
         for variant in self.variants():
+            # Products over groups of rows may round otherwise when a group changes, so a plugin's own layer has leave.
+            exact = not subject.kinds()
             decoder = variant.decoder
             ids = subject.prompt(decoder)
-            first = _run(subject, variant, ids, device)
+            first = run(subject, variant, variant.weights, ids, device)
             if not np.isfinite(first).all():
                 fail(f"logits on {device}, {variant.label}, are not finite with random weights of ordinary size")
             for at in (len(ids) // 2, len(ids) - 1):
                 changed = [*ids[:at], (ids[at] + 1) % decoder.vocab, *ids[at + 1 :]]
-                second = _run(subject, variant, changed, device)
+                second = run(subject, variant, variant.weights, changed, device)
                 early = np.array_equal(first[:at], second[:at])
                 if not early and (exact or error_of(second[:at], first[:at]) > noise):
                     fail(
@@ -122,9 +122,11 @@ class LogitTests(Base):
         subject = self.subject()
         for variant in self.variants():
             ids = subject.prompt(variant.decoder)
-            whole = _run(subject, variant, ids, device)
+            whole = run(subject, variant, variant.weights, ids, device)
             for chunk, how in ((1, "token by token"), (5, "in chunks of 5")):
-                error = error_of(_run(subject, variant, ids, device, max_tokens=chunk, max_batch=chunk), whole)
+                error = error_of(
+                    run(subject, variant, variant.weights, ids, device, max_tokens=chunk, max_batch=chunk), whole
+                )
                 if error >= tolerance:
                     fail(
                         f"on {device}, {variant.label}, the prompt {how} is {error:.2g} off the prompt at once, "
@@ -138,7 +140,7 @@ class LogitTests(Base):
             decoder = variant.decoder
             ids = subject.prompt(decoder)
             sequences = [ids, ids[::-1][: len(ids) // 2], [(token * 7 + 3) % decoder.vocab for token in ids]]
-            alone = [_run(subject, variant, each, device) for each in sequences]
+            alone = [run(subject, variant, variant.weights, each, device) for each in sequences]
             with subject.loaded(decoder, MemorySource(variant.weights), device, block_size=_BLOCK) as model:
                 blocks = -(-len(ids) // _BLOCK)
                 model.logits(batch_of([(each[:-1], 0) for each in sequences], blocks, _BLOCK))
@@ -174,10 +176,9 @@ class LogitTests(Base):
         subject = self.subject()
         for variant in self.variants():
             ids = subject.prompt(variant.decoder)
-            path, held = subject.file(variant)
-            expected = self._expected(variant, held, ids)
-            with _llm(subject, path, device) as llm:
+            with subject.file(variant) as (path, held), _llm(subject, path, device) as llm:
                 found = llm.logits(ids)
+            expected = self._expected(variant, held, ids)
             error = error_of(found, expected)
             if error >= tolerance:
                 rows = [error_of(mine, theirs) for mine, theirs in zip(found, expected, strict=True)]
@@ -191,10 +192,9 @@ class LogitTests(Base):
         subject = self.subject()
         for variant in self.variants():
             ids = subject.prompt(variant.decoder)
-            path, held = subject.file(variant)
             count = min(_GREEDY, variant.decoder.context - len(ids))
             params = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
-            with _llm(subject, path, device) as llm:
+            with subject.file(variant) as (path, held), _llm(subject, path, device) as llm:
                 tokens = list(llm.generate([ids], params)[0].token_ids)
             expected = self._expected(variant, held, [*ids, *tokens])
             for step, token in enumerate(tokens):
@@ -205,13 +205,6 @@ class LogitTests(Base):
                         f"greedy token {step} on {device}, {variant.label}, is {token}; the reference has "
                         f"{int(row.argmax())}, whose logit is {behind:.3g} higher"
                     )
-
-
-def _run(subject: Subject, variant: Variant, ids: Sequence[int], device: str, **options: Any) -> F32:
-    try:
-        return subject.logits(variant.decoder, variant.weights, ids, device, **options)
-    except PolyheadError as error:
-        fail(f"the model does not run on {device}, {variant.label}: {error}")
 
 
 def _llm(subject: Subject, path: object, device: str) -> LLM:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from ..arch import REQUIRED, Metadata
 from ..errors import ConfigError
 from .case import EMBEDDING, Case
 
+_MOST_ASKED = 10_000
 ABSENT = ("rope_freqs.weight",)
 """``read_rope`` asks for it on behalf of every architecture, and most have no file with it."""
 
@@ -32,6 +34,11 @@ class Answers(Mapping[str, Sequence[int]]):
         if name in self._embeddings and name not in self._case.tensors:
             return True
         self.asked.add(str(name))
+        if len(self.asked) > _MOST_ASKED:
+            raise NeedsShape(
+                f"the plugin asks whether there is {name}, and before that for {_MOST_ASKED:,} others: if it looks for "
+                "the first that is missing, say in the case which that is: Case(tensors={name: None})"
+            )
         if name in self._case.tensors:
             return self._case.tensors[str(name)] is not None
         return name not in ABSENT and self._present(str(name))
@@ -76,6 +83,10 @@ class Recorder(Metadata):
     def layer(self, kind: type[Any], key: str, index: int, default: Any = REQUIRED, **bounds: Any) -> Any:
         self._note(f"{self.architecture}.{key}", default)
         return super().layer(kind, key, index, default, **bounds)
+
+    def ignores(self, full: str) -> bool:
+        """Whether the plugin named the key as one that does not matter."""
+        return any(fnmatchcase(full, pattern) for pattern in self._ignored)
 
     def _get(self, kind: type[Any], full: str, default: Any, minimum: float | None, maximum: float | None) -> Any:
         self._note(full, default)

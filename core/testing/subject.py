@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
 import tempfile
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +47,7 @@ class Variant:
     asked: frozenset[str]
     needed: frozenset[str]
     defaulted: frozenset[str]
+    ignored: frozenset[str]
     weights: Mapping[str, F32]
 
     @property
@@ -71,8 +70,6 @@ class Subject:
         self.architecture: Architecture
         self.plugin, self.architecture = self.registry.find(case.architecture)
         self.values: Mapping[str, Any] = MappingProxyType(case.values())
-        self._folder: Path | None = None
-        self._files: dict[tuple[str, str], tuple[Path, dict[str, F32]]] = {}
 
     def ask(
         self, values: Mapping[str, Any], tensors: Mapping[str, Sequence[int]], architecture: Architecture | None = None
@@ -91,14 +88,16 @@ class Subject:
         """The case with every tensor that the plugin asks for, and where that is another model, with none of them."""
         try:
             without: Variant | PolyheadError = self._variant(_only(()), "without optional tensors")
-        except NeedsShape:
+        except (NeedsShape, PluginError):  # no refusal of a file, but the author's to mend
             raise
         except PolyheadError as error:
             without = error
         full = self._fullest(without.asked if isinstance(without, Variant) else frozenset())
         if isinstance(full, PolyheadError):
             if isinstance(without, PolyheadError):
-                raise full
+                if str(without) == str(full):
+                    raise full
+                raise ConfigError(f"without optional tensors: {without}\nwith all of them: {full}") from without
             return (without,)
         if isinstance(without, PolyheadError) or full.decoder == without.decoder:
             return (full,)
@@ -114,7 +113,7 @@ class Subject:
                 if not ignored:
                     return found
                 refused |= ignored
-        except NeedsShape:
+        except (NeedsShape, PluginError):
             raise
         except PolyheadError as error:
             best: Variant | PolyheadError = error
@@ -124,6 +123,8 @@ class Subject:
         for name in sorted(asked):
             try:
                 found = self._variant(_only((*present, name)), "with optional tensors")
+            except PluginError:
+                raise
             except PolyheadError:
                 continue
             if name in found.shapes:
@@ -138,7 +139,7 @@ class Subject:
         except PolyheadError:
             raise
         except (Exception, SystemExit) as error:
-            raise PluginError(f"decoder() failed on the case's metadata: {summary(error)}") from error
+            raise PluginError(f"decoder() failed on the case's metadata, {label}: {summary(error)}") from error
         specs = {spec.name: spec for spec in decoder.tensors()}
         rows = {decoder.tokens.weight: self.case.vocab}
         hinted = {name: shape for name, shape in self.case.tensors.items() if shape is not None}
@@ -149,7 +150,8 @@ class Subject:
             raise ConfigError(f"the case's model has {count:,} weights; take tiny sizes, {_MOST_WEIGHTS:,} at most")
         made = [TensorSpec(name, shape, specs[name].owner if name in specs else "") for name, shape in shapes.items()]
         weights = weights_for(made, self.case.seed)
-        sets = (frozenset(answers.asked), frozenset(meta.needed), frozenset(meta.defaulted))
+        ignored = frozenset(filter(meta.ignores, self.values))
+        sets = (frozenset(answers.asked), frozenset(meta.needed), frozenset(meta.defaulted), ignored)
         return Variant(label, decoder, MappingProxyType(shapes), *sets, MappingProxyType(weights))
 
     def check(self, variant: Variant) -> None:
@@ -162,17 +164,15 @@ class Subject:
         blocks = [block for variant in self.variants for block in variant.decoder.blocks]
         return list(dict.fromkeys(type(block.mlp) for block in blocks if isinstance(block.mlp, Module)))
 
-    def file(self, variant: Variant, kind: str = "F32") -> tuple[Path, dict[str, F32]]:
-        """A GGUF file of the variant with matrices of this type, written once, and the weights as it holds them."""
-        key = (variant.label, kind)
-        if key not in self._files:
-            if self._folder is None:
-                self._folder = Path(tempfile.mkdtemp(prefix="polyhead-testing-"))
-                weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-            path = self._folder / f"{len(self._files)}-{kind}.gguf"
-            held = write_model(path, self.case, variant.weights, types_for(variant.weights, variant.plain, kind))
-            self._files[key] = path, held
-        return self._files[key]
+    @contextmanager
+    def file(self, variant: Variant, kind: str = "F32") -> Iterator[tuple[Path, dict[str, F32]]]:
+        """A GGUF file of the variant with matrices of this type, and the weights as it holds them.
+
+        Gone when left: a run that is killed, as by a time limit, should leave nothing behind.
+        """
+        with tempfile.TemporaryDirectory(prefix="polyhead-testing-", ignore_cleanup_errors=True) as folder:
+            path = Path(folder) / f"{kind}.gguf"
+            yield path, write_model(path, self.case, variant.weights, types_for(variant.weights, variant.plain, kind))
 
     @contextmanager
     def loaded(

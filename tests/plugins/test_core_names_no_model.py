@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,11 +31,12 @@ EXCUSED = {
 
 
 def found() -> Iterator[tuple[str, int, str]]:
-    """(file, line, name) of every mention."""
+    """(file, line, name) of every mention; line 0 is the file's own name."""
     for path in sorted(path for path in CORE.rglob("*") if path.suffix in SOURCES):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        name = path.relative_to(CORE).as_posix()
+        for number, line in enumerate([name, *path.read_text(encoding="utf-8").splitlines()]):
             for match in FAMILY.finditer(line):
-                yield path.relative_to(CORE).as_posix(), number, match[0].lower()
+                yield name, number, match[0].lower()
 
 
 def excused(file: str, name: str) -> bool:
@@ -58,3 +60,24 @@ def test_the_search_sees_kernels_and_templates():
     assert seen == set(SOURCES)
     assert all(FAMILY.search(word) for word in ("LlamaGQA", "is_gpt2", "PHI3", "Qwen3Moe", "gpt-neox", "a GPT model"))
     assert not any(FAMILY.search(word) for word in ("llama.cpp", "llama-bench", "x Phi(x)", "philox"))
+
+
+def names_of_plugins() -> set[str]:
+    """What the repository's plugins call their architectures, and what files call them: read from their classes."""
+    root = Path(__file__).parents[2]
+    sources = [*(root / "plugins").rglob("*.py"), *(root / "docs" / "plugins").glob("polyhead-*/polyhead_*.py")]
+    sources += (root / "docs" / "plugins").glob("polyhead-*/polyhead_*/*.py")
+    classes = (node for path in sources for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names: set[object] = set()
+    for statement in (each for node in classes if isinstance(node, ast.ClassDef) for each in node.body):
+        if isinstance(statement, ast.Assign) and {"name", "gguf_names"} & set(
+            re.findall(r"\w+", ast.unparse(statement))
+        ):
+            names |= {each.value for each in ast.walk(statement.value) if isinstance(each, ast.Constant)}
+    return {name for name in names if isinstance(name, str)}
+
+
+def test_the_search_knows_every_architecture_of_the_repository():
+    names = names_of_plugins()
+    assert {"gpt2", "llama_gqa", "phi3", "qwen3", "qwen2moe", "moe_llama"} <= names
+    assert [name for name in sorted(names) if not FAMILY.search(name)] == []

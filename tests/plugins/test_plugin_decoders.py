@@ -51,12 +51,17 @@ def layered(tensors: str = "yield TensorSpec('t', (hidden,))", scratch: str = "{
     [
         ("1 / 0", r"failed on this file: ZeroDivisionError: division by zero"),
         ("import sys; sys.exit('no')", r"failed on this file: SystemExit: no"),
+        ("raise type('Odd', (BaseException,), {})('x')", r"failed on this file: Odd: x"),
         ("raise type('Bad', (Exception,), {'__str__': None})", r"failed on this file: Bad \(its message cannot"),
         ("return self.decoder(meta)", r"failed on this file: RecursionError"),
         ("return None", r"decoder\(\) returned NoneType, expected Decoder"),
         ("return {'hidden': 3}", r"decoder\(\) returned dict, expected Decoder"),
-        (some(norm="'output_norm.weight'"), r"failed on this file: AttributeError: .*'tensors'"),
-        (some(layer="x"), r"failed on this file: TypeError"),
+        (
+            some(norm="'output_norm.weight'"),
+            r"Decoder: final_norm is 'output_norm\.weight', expected RMSNorm, LayerN",
+        ),
+        (some(layer="x"), r"Block: mlp is Linear\(.*\), expected MLP or Module"),
+        (some(blocks="(b for b in [block])"), r"Decoder: blocks is <generator .*>, expected a tuple of Blocks"),
         (
             some(layer="Module()"),
             r"failed on this file: NotImplementedError: Module does not say which tensors it reads",
@@ -69,14 +74,28 @@ def test_a_fault_in_decoder_names_the_plugin_and_is_no_crash(install, body, reas
         discover().decoder(VALUES, {"e": (3, 2)})
 
 
+def test_what_a_plugin_prints_about_a_file_is_no_result(install, capsys):
+    install(TEMPLATE.format("print('looking')\n        " + some()))
+    with pytest.raises(ConfigError):  # for the keys it does not know
+        discover().decoder(VALUES, {"e": (3, 2)})
+    assert capsys.readouterr() == ("", "looking\n")
+
+
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
         (layered("yield 'weight'"), r"blocks\[0\]\.mlp, a Layer, yields 'weight', expected a TensorSpec"),
-        (layered("yield TensorSpec('t', [hidden])"), r"expected a TensorSpec whose shape is a tuple"),
+        (layered("yield TensorSpec('t', [hidden])"), r"TensorSpec\(t\): shape is \[2\], expected a tuple of integers"),
         (layered(scratch="{'a': 0}"), r"wants 0 values of scratch 'a', expected an integer above 0"),
         (layered(scratch="{'a': 2.5}"), r"wants 2\.5 values of scratch 'a'"),
-        (layered(scratch="None"), r"failed on this file: AttributeError"),
+        (layered(scratch="None"), r"a Layer, returns None from scratch\(\), expected a dict of names and sizes"),
+        (layered(scratch="{5: 3}"), r"a Layer, names scratch 5, expected a string"),
+        (layered("return None"), r"a Layer, returns None from tensors\(\), expected to yield each TensorSpec"),
+        (layered("yield TensorSpec('', (2,))"), r"TensorSpec: name is '', expected a tensor's name"),
+        (layered("yield TensorSpec('\\ud800', (2,))"), r"TensorSpec: name is .*, expected a tensor's name, in UTF-8"),
+        (layered("yield TensorSpec('t', ())"), r"TensorSpec\(t\): shape is \(\), expected a tuple of integers"),
+        (layered("yield TensorSpec('t', (2.0,))"), r"TensorSpec\(t\): shape is \(2\.0,\), expected a tuple of int"),
+        (layered("yield TensorSpec('t', (2,), None)"), r"TensorSpec\(t\): owner is None, expected a string"),
     ],
 )
 def test_a_layer_that_misdescribes_itself_is_refused_before_anything_relies_on_it(install, source, reason):

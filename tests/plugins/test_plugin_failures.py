@@ -39,6 +39,9 @@ BROKEN = {
         "class Bad(Exception):\n    __str__ = None\nraise Bad",
         r"^Bad \(its message cannot be shown\)$",
     ),
+    "raises no Exception": ("raise type('Odd', (BaseException,), {})('x')", r"^Odd: x$"),
+    "skips itself as a test would": ("import pytest; pytest.skip('no', allow_module_level=True)", r"^Skipped: no$"),
+    "is cancelled": ("import asyncio; raise asyncio.CancelledError", r"^CancelledError:"),
     "has a syntax error": ("def broken(:", r"SyntaxError: .*strange_module\.py, line \d+"),
     "needs a package that is absent": ("import surely_absent", r"ModuleNotFoundError: .*'surely_absent'"),
     "needs a name of a later polyhead": ("from polyhead.arch import Mamba", r"ImportError: .*'Mamba'"),
@@ -63,6 +66,7 @@ BROKEN = {
     "returns nothing": (returning("pass"), r"architectures returned None, expected a list"),
     "returns one and no list": (returning("return Mine()"), r"returned <.*Mine.*>, expected a list"),
     "returns a string": (returning("return 'mine'"), r"returned 'mine', expected a list"),
+    "returns bytes": (returning("return b'mine'"), r"returned b'mine', expected a list"),
     "yields": (returning("yield Mine()"), r"returned <generator .*>, expected a list"),
     "returns a class": (returning("return [Mine]"), r"mine is a class; return an instance of it, Mine\(\)"),
     "returns something else": (returning("return [3]"), r"int lacks name, gguf_names, api_version, decoder\(\), block"),
@@ -71,8 +75,30 @@ BROKEN = {
         r"architecture mine lacks api_version, decoder\(\), block\(\)$",
     ),
     "has a number for a name": (GOOD.replace('"mine", (', "5, ("), r"name is 5, expected a string"),
+    "has a name that cannot be typed": (
+        GOOD.replace('"mine", (', r'"a\nb", ('),
+        r"name is 'a\\nb', expected a string that",
+    ),
+    "has a blank name": (GOOD.replace('"mine", (', '" ", ('), r"name is ' ', expected a string that can be typed"),
     "has a string for gguf_names": (GOOD.replace('("mine",)', '"mine"'), r"gguf_names is 'mine', expected a tuple"),
     "has no gguf_names": (GOOD.replace('("mine",)', "()"), r"gguf_names is \(\), expected a tuple of strings"),
+    "has a blank among gguf_names": (GOOD.replace('("mine",)', '("mine", " ")'), r"gguf_names is \('mine', ' '\), exp"),
+    "cannot be asked what it accepts": (
+        GOOD.replace("(LlamaGQA):", "(LlamaGQA):\n    accepts = 5"),
+        r"architecture mine: accepts is 5, expected a method",
+    ),
+    "has a string for a version": (
+        GOOD.replace("(LlamaGQA):", "(LlamaGQA):\n    api_version = '1'"),
+        r"architecture mine: api_version is '1', expected an integer, now 1",
+    ),
+    "has True for a version": (
+        GOOD.replace("(LlamaGQA):", "(LlamaGQA):\n    api_version = True"),
+        r"api_version is True, expected an integer",
+    ),
+    "has None for a version": (
+        GOOD.replace("(LlamaGQA):", "(LlamaGQA):\n    api_version = None"),
+        r"api_version is None, expected an integer",
+    ),
     "claims a name twice": (returning("return [Mine(), Mine()]"), r"registers the gguf_name mine twice"),
     "was written for a later API": (
         GOOD.replace("(LlamaGQA):", "(LlamaGQA):\n    api_version = API_VERSION + 1"),
@@ -122,6 +148,32 @@ def test_a_plugin_that(case, install, caplog):
 def test_an_entry_point_without_its_attribute_fails_alone(install):
     install(GOOD, value="strange_module:absent")
     assert re.search(r"AttributeError: .*'absent'", strange(discover()).reason)
+
+
+@pytest.mark.parametrize("value", ["not a module!!", ".strange_module", "strange_module:"])
+def test_an_entry_point_that_names_no_module_says_so(install, value):
+    install(GOOD, value=value)
+    reason = strange(discover()).reason
+    assert reason == f"its entry point names {value!r}, expected a module, such as polyhead_strange"
+
+
+def test_what_a_plugin_prints_is_no_result_and_what_it_does_to_stdout_is_undone(install, capsys):
+    install("import sys\nprint('at import')\nsys.stdout.close()\n" + returning("print('in a hook'); return [Mine()]"))
+    install("import sys\nsys.stdout = None\n" + GOOD.replace("mine", "other"), name="other", distribution="others")
+    registry = discover()
+    assert {strange(registry, name).state for name in ("strange", "other")} == {"ok"}
+    print("a result")
+    assert capsys.readouterr() == ("a result\n", "at import\nin a hook\n")
+
+
+def test_an_interruption_is_the_user_s_and_the_warning_names_the_plugin_it_waited_for(install, caplog):
+    install("raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        discover()
+    assert [record.getMessage() for record in caplog.records] == [
+        "interrupted while plugin strange (stranger 1.2) was loaded"
+    ]
+    assert strange(discover(disable=["strange"])).state == "disabled"
 
 
 def test_the_same_plugin_unbroken_is_found_and_warns_of_nothing(install, caplog):
@@ -189,7 +241,11 @@ def test_a_plugin_adds_a_command(install):
         ("cli.add_command(click.Command('run'))", "redefines the command run"),
         ("cli.commands.pop('run')", "redefines the command run"),
         ("cli.add_command(click.Command('half')); raise KeyError('x')", "KeyError"),
-        ("import sys; sys.exit(1)", "SystemExit"),
+        ("import sys; sys.exit(1)", "called sys.exit(1) while it added commands"),
+        ("raise BaseException('x')", "BaseException: x"),
+        ("cli.commands = None", "puts None in place of the commands"),
+        ("cli.commands[5] = click.Command('half')", "as 5, expected a click.Command with a name"),
+        ("cli.commands['half'] = print", "as 'half', expected a click.Command with a name"),
     ],
 )
 def test_commands_of_a_plugin_that_misbehaves_are_left_out(install, body, problem):

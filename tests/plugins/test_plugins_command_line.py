@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[2]
 BROKEN = {
     "raises": ("raise RuntimeError('no luck')", "RuntimeError: no luck"),
     "exits": ("import sys; sys.exit(7)", "called sys.exit(7) while it was loaded"),
+    "skips": ("import pytest; pytest.skip('no', allow_module_level=True)", "Skipped: no"),
+    "prints": ("print('noise')", "implements no hook"),
     "misspells": (
         "@hookimpl\ndef polyhead_register_model(): return []",
         "polyhead_register_model, which is not a hook",

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import naive
 import numpy as np
@@ -16,12 +17,15 @@ import polyhead_llama_gqa
 import polyhead_qwen3
 import pytest
 import tolerance
-from broken_plugins import CASE, FAULTS, LAYERED, SOUND
+from broken_layers import LAYER_FAULTS, LAYERED, ON_CUDA
+from broken_plugins import CASE, SOUND
+from broken_plugins import FAULTS as PLUGIN_FAULTS
 from polyhead import LLM, SamplingParams
 from polyhead.arch import Metadata
-from polyhead.errors import ConfigError, PluginError
+from polyhead.errors import ConfigError, DeviceError, PluginError
 from polyhead.gguf import open_gguf
 from polyhead.plugins import discover
+from polyhead.runtime.cuda.compile_all import find_toolkit
 from polyhead.testing import Case, ConformanceTests, make_model
 from polyhead.testing import base as kit
 from polyhead.testing.subject import Subject
@@ -74,6 +78,7 @@ class TestQwen3(Conformance):
     case = Case("qwen3", {**RMS_NORM, "attention.key_length": 24, "attention.value_length": 24})
 
 
+FAULTS = {**PLUGIN_FAULTS, **LAYER_FAULTS}
 HEAD = "from polyhead import ModuleKind, hookimpl\nfrom polyhead.arch import *\n"
 
 
@@ -133,6 +138,13 @@ def test_a_module_that_touches_a_device_at_import_fails(install, tmp_path):
     assert message.startswith("importing the plugin imports cupy, which costs every command time")
 
 
+def test_a_decoder_that_touches_a_device_fails(install, tmp_path):
+    (tmp_path / "site" / "cupy.py").write_text("")
+    install(SOUND.replace("        head =", "        import cupy\n        head ="))
+    message = failure(suite("strange_module"), "test_importing_the_plugin_touches_no_device")
+    assert message.startswith("decoder() imports cupy, which costs every command time")
+
+
 def test_a_module_that_loads_the_driver_at_import_fails(install, tmp_path):
     driver = tmp_path / "libcuda.so.1"
     shutil.copy(_ctypes.__file__, driver)
@@ -153,6 +165,33 @@ def test_an_installed_package_without_its_entry_point_fails(install, tmp_path):
     message = failure(suite("strange_module"), "test_the_installed_package_has_an_entry_point")
     assert "the package stranger is installed, but no entry point of the group polyhead names strange_module" in message
     assert 'strange_module = "strange_module"' in message
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("", "", ""),
+        ("threadIdx.x;", "threadIdx.y y;", r"square\.cu.* does not compile for sm_80:(.|\n)*square\.cu\(3\): error"),
+        ('extern "C" ', "", r"strange_module/square\.cu has no kernel square: is it extern"),
+        ('#include "prelude.cuh"', "typedef float act_t;", r"does not compile for sm_80(.|\n)*ph_to_float"),
+    ],
+)
+def test_cuda_source_is_compiled_where_it_can_be(install, old, new, message):
+    install(ON_CUDA.replace(old, new))
+    tests = suite("strange_module")
+    try:
+        find_toolkit()
+    except DeviceError as error:
+        reason = str(error)
+    else:
+        reason = ""
+    if reason:
+        assert skipped(tests, "test_kernels_of_its_own_compile") == f"kernels cannot be compiled here: {reason}"
+        return
+    if message:
+        assert re.search(message, failure(tests, "test_kernels_of_its_own_compile"))
+    else:
+        tests.test_kernels_of_its_own_compile()
 
 
 def skipped(tests: ConformanceTests, name: str) -> str:
@@ -186,6 +225,25 @@ def test_the_tests_for_a_gpu_judge_whatever_runtime_they_are_given(install, monk
             assert failure(tests, name) == "12 decode steps on cpu captured no graph"
         else:
             getattr(tests, name)()
+
+
+def test_the_kit_s_files_are_gone_before_any_other_code_of_the_author_s_runs(install, tmp_path, monkeypatch):
+    """So that a run that is killed, by a time limit or while a slow reference computes, leaves none behind."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    install(SOUND)
+    tests, left = suite("strange_module"), []
+    original = type(tests).reference
+
+    def reference(self, metadata, weights, ids):
+        left.extend((tmp_path / "temporary").iterdir())
+        return original(self, metadata, weights, ids)
+
+    type(tests).reference = reference
+    for name in cpu_tests():
+        getattr(tests, name)()
+        left.extend((tmp_path / "temporary").iterdir())
+    assert not left
 
 
 def test_a_reference_of_another_shape_is_the_author_s_fault(install):
@@ -253,6 +311,16 @@ def test_a_test_class_without_plugin_or_case_says_what_to_write():
     )
 
 
+def test_a_case_that_is_refused_with_and_without_optional_tensors_says_why_for_both(install):
+    install(
+        SOUND.replace("        head =", "        if meta.has_tensor('odd'): raise ConfigError('odd')\n        head =")
+    )
+    none = Case("mine", {**CASE.metadata, "attention.head_count": 5})
+    with pytest.raises(ConfigError) as error:
+        _ = Subject("strange_module", none).variants
+    assert str(error.value) == "without optional tensors: heads do not divide the width\nwith all of them: odd"
+
+
 def test_optional_tensors_are_tried_present_and_absent(install):
     install(SOUND)
     variants = Subject("strange_module", CASE).variants
@@ -267,6 +335,13 @@ def test_optional_tensors_are_tried_present_and_absent(install):
         distribution="pickers",
     )
     assert [variant.decoder.head is not None for variant in Subject("picky_module", CASE).variants] == [True, False]
+
+
+def test_a_tensor_that_the_case_itself_has_may_be_unused(install):
+    install(SOUND.replace("unused=()", "unused=('blk.0.attn_q.bias',)"))
+    named = Case("mine", CASE.metadata, tensors={"blk.0.attn_q.bias": (32,)})
+    suite("strange_module", named).test_a_surplus_tensor_is_refused()
+    assert "blk.0.attn_q.bias is accepted" in failure(suite("strange_module"), "test_a_surplus_tensor_is_refused")
 
 
 @pytest.mark.parametrize("quant", [None, "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])

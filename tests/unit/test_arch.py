@@ -7,6 +7,7 @@ import math
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 from polyhead.arch import (
     ACTIVATIONS,
@@ -28,7 +29,7 @@ from polyhead.arch import (
     TensorSpec,
     YarnScaling,
 )
-from polyhead.errors import ConfigError
+from polyhead.errors import ConfigError, PluginError
 
 X = Linear("x")
 GOOD: dict[type, Any] = {
@@ -70,7 +71,7 @@ WRONG: dict[type, dict[str, tuple[Any, ...]]] = {
     Decoder: {
         "hidden": (0, True, 8.0),
         "vocab": (0, -1),
-        "context": (0, 1e5),
+        "context": (0, 1e5, 2**31),
         "blocks": ((),),
         "embedding_scale": (0.0, NAN, INF),
         "logit_scale": (0.0, NAN, -INF),
@@ -91,6 +92,55 @@ def test_a_field_out_of_range_is_refused_by_name_and_value(kind, field, value):
     assert message.startswith(kind.__name__)
     assert field in message or (kind is Attention and field == "head_dim" and "rope.dim" in message)
     assert (repr(value) in message) or value == ()
+
+
+MISTYPED: dict[type, dict[str, tuple[Any, ...]]] = {
+    Linear: {"weight": (None, 7, X), "bias": (("b",), 0)},
+    Embedding: {"weight": (None,)},
+    LearnedPositions: {"weight": (3,)},
+    RMSNorm: {"weight": (X,), "eps": ("1e-5", None, True)},
+    LayerNorm: {"bias": (X,)},
+    LinearScaling: {"factor": ("2",)},
+    YarnScaling: {"beta_fast": ("32",), "magnitude": (1j,)},
+    Rope: {"theta": ("1e4",), "scaling": (2, "linear"), "factors": (5,)},
+    FusedQKV: {"proj": ("qkv",)},
+    SplitQKV: {"q": ("q",), "v": (None,)},
+    Attention: {"qkv": ((X, X, X), X), "out": ("out",), "rope": (1e4,), "q_norm": ("norm",), "scale": ("3", 1j)},
+    FusedGateUp: {"proj": (None,)},
+    MLP: {"up": ("up",), "down": (None,), "gate": (FusedGateUp(X),)},
+    Block: {"attn": (None,), "mlp": (X, MLP), "mlp_norm": (X,), "residual_scale": ("1",)},
+    Decoder: {
+        "tokens": ("e", X),
+        "blocks": ("abc", None, (None,), {1}),
+        "head": ("h", Embedding("h")),
+        "positions": (Embedding("p"),),
+        "logit_scale": ("1",),
+        "unused": (None, (5,), {"x"}),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [(kind, field, value) for kind, each in MISTYPED.items() for field, values in each.items() for value in values],
+)
+def test_a_value_of_another_type_is_the_plugin_s_mistake_and_named(kind, field, value):
+    good = GOOD.get(kind) or {SplitQKV: SplitQKV(X, X, X)}.get(kind) or kind("x" if "weight" in kind.__slots__ else X)
+    with pytest.raises(PluginError, match=rf"^{kind.__name__}: {field} is .*, expected (a |[A-Z])"):
+        dataclasses.replace(good, **{field: value})
+
+
+def test_lists_become_tuples_and_numbers_of_numpy_are_numbers():
+    decoder = dataclasses.replace(GOOD[Decoder], blocks=[GOOD[Block]], unused=["a", "b"])
+    assert decoder.blocks == (GOOD[Block],)
+    assert decoder.unused == ("a", "b")
+    assert RMSNorm("norm", np.float32(1e-5)).eps == np.float32(1e-5)
+    assert TensorSpec("t", (np.int64(3),)).shape == (3,)
+
+
+def test_a_tensor_without_a_positive_size_may_be_the_file_s_fault():
+    with pytest.raises(ConfigError, match=r"TensorSpec\(t\): shape is \[3, 0\], expected sizes above 0"):
+        TensorSpec("t", (3, 0))
 
 
 def test_contradictions_name_both_sides():
@@ -218,3 +268,10 @@ def test_a_module_that_says_nothing_needs_no_scratch_and_admits_to_no_tensors():
     assert dict(Module().scratch(8)) == {}
     with pytest.raises(NotImplementedError, match="Module does not say which tensors it reads"):
         Module().tensors(8)
+
+
+def test_every_class_of_the_tree_checks_its_fields():
+    import polyhead.arch
+
+    leaves = {thing for thing in vars(polyhead.arch).values() if dataclasses.is_dataclass(thing)}
+    assert leaves - {Module, TensorSpec} == set(MISTYPED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from polyhead.arch import Attention, Block, Decoder, Embedding, FusedQKV, Linear, RMSNorm
+from polyhead.arch import MLP, Attention, Block, Decoder, Embedding, FusedQKV, Linear, RMSNorm
 from polyhead.errors import ConfigError
 from polyhead.runtime.contract import RuntimeOptions
 from polyhead.runtime.cpu.kv_cache import storage_dtype
@@ -35,7 +35,7 @@ def test_the_cache_is_as_asked_for_or_the_activations_type() -> None:
 def test_fp8_takes_a_byte_per_value_and_two_scales_per_head() -> None:
     def block(kv_heads: int, dim: int) -> Block:
         attn = Attention(4, kv_heads, dim, FusedQKV(Linear("a")), Linear("b"))
-        return Block(RMSNorm("n", 1e-5), attn, None, None)
+        return Block(RMSNorm("n", 1e-5), attn, None, MLP(4, Linear("u"), Linear("d"), "relu"))
 
     decoder = Decoder(8, 5, 16, Embedding("e"), (block(2, 64), block(1, 128)), None)
     assert kv_bytes_per_token(decoder, "f16") == kv_bytes_per_token(decoder, "bf16") == 2 * 512

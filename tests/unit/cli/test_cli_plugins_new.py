@@ -168,6 +168,7 @@ def test_a_place_that_cannot_be_written_is_named(invoke: Invoke) -> None:
     Path("file").write_text("")
     refused(invoke("plugins", "new", "new-arch", "--directory", "file"), "'file' is a file")
     refused(invoke("plugins", "new", "new-arch", "--directory", "file/below"), "file/below/polyhead-new-arch cannot be")
+    refused(invoke("plugins", "new", "new-arch", "--directory", "x" * 300), "new-arch cannot be written: File name too")
     assert [path.name for path in Path().iterdir()] == ["file"]
 
 

@@ -97,6 +97,8 @@ class _Moe:
                 f"the file has each expert by itself ({prefix}.ffn_gate.0.weight), as converters wrote it before April "
                 f"2024; plugin {self.name} reads {prefix}.ffn_gate_exps.weight. Convert the model anew"
             )
+        if meta.has("expert_feed_forward_length"):
+            meta.ignore("feed_forward_length")  # then that of dense layers, of which there are none
         size = meta.get(int, "feed_forward_length", None, minimum=1)
         used = meta.get(int, "expert_used_count", minimum=1)
         own = meta.get(int, "expert_feed_forward_length", self._default_size(size, used), minimum=1)
