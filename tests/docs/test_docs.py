@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import re
 import subprocess
@@ -55,7 +56,7 @@ def test_every_shipped_configuration_loads(path):
 @pytest.mark.model
 def test_the_readme_s_python_examples_run(smollm2_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    blocking, tasks = [
+    blocking, tasks, forms = [
         text for where, text in blocks("python") if "llm.generate" in text and where.startswith("README")
     ]
     exec(compile(blocking, "README.md", "exec"), {})
@@ -64,6 +65,11 @@ def test_the_readme_s_python_examples_run(smollm2_path, monkeypatch, capsys):
     assert "49152)" in out
     exec(compile(tasks, "README.md", "exec"), {})
     assert "Paris" in capsys.readouterr().out
+    pytest.importorskip("llguidance", reason="the README's forms of output need the extra structured")
+    exec(compile(forms, "README.md", "exec"), {})
+    person, scores = capsys.readouterr().out.rsplit("}", 1)
+    assert set(json.loads(person + "}")) == {"name", "age"}
+    assert len(scores.split("\n")) >= 5
 
 
 @pytest.mark.model
