@@ -97,7 +97,7 @@ class Guide(Protocol):
 
     @property
     def ended(self) -> bool:
-        """Nothing but an end may follow: the text is complete and cannot go on."""
+        """Nothing but an end may follow: the text is complete and cannot go on. Raises RequestError as ``allowed``."""
         ...
 
     def allowed(self) -> NDArray[np.int32]:

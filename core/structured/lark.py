@@ -114,23 +114,26 @@ def _start(lexemes: list[tuple[str, str]], colon: int) -> int:
 
 
 def _check_depth(names: dict[str, set[str]], nesting: dict[str, int]) -> None:
-    """Follows terminals, which are written in capitals, through the names in them."""
+    """Follows terminals, which are written in capitals, through the names in them. Linear in the grammar."""
     depth: dict[str, int] = {}
-    for name in names:
-        stack = [name]
-        while stack:
-            top = stack[-1]
-            inner = [other for other in names.get(top, ()) if other.lstrip("_")[:1].isupper()]
-            todo = next((other for other in inner if other not in depth), None)
-            if todo is not None and len(stack) <= MAX_DEPTH and todo not in stack:
-                stack.append(todo)
-                continue
-            # One inside itself counts as too deep: no regular expression can be made of it.
-            found = 1 + nesting.get(top, 0) + max((depth.get(other, MAX_DEPTH) for other in inner), default=0)
-            if found > MAX_DEPTH:
+    terminals = {name for name in nesting if name.lstrip("_")[:1].isupper()}
+    for name in nesting:
+        if name in depth:
+            continue
+        path = {
+            name: iter(names.get(name, set()) & terminals)
+        }  # the names that are being followed, the last the inmost
+        while path:
+            top = next(reversed(path))
+            inner = next((other for other in path[top] if other not in depth), None)
+            if inner is None:
+                below = max((depth[other] for other in names.get(top, set()) & terminals), default=0)
+                depth[top] = 1 + nesting[top] + below
+                del path[top]
+            if inner in path or len(path) > MAX_DEPTH or depth.get(top, 0) > MAX_DEPTH:
                 raise RequestError(
-                    f"{NAME}: {top} contains itself, or nests deeper than the {MAX_DEPTH} levels of names and brackets "
-                    "that are allowed"
+                    f"{NAME}: {inner or top} contains itself, or nests deeper than the {MAX_DEPTH} levels of names and "
+                    "brackets that are allowed"
                 )
-            depth[top] = found
-            stack.pop()
+            if inner is not None:
+                path[inner] = iter(names.get(inner, set()) & terminals)

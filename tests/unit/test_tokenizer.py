@@ -245,6 +245,12 @@ def test_token_and_token_bytes() -> None:
     assert LLAMA.pad_id is None
 
 
+def test_text_is_what_is_neither_control_nor_unused() -> None:
+    names = {BYTE_LEVEL.token(i) for i in range(BYTE_LEVEL.vocab_size) if not BYTE_LEVEL.is_text(i)}
+    assert names == {"<s>", "</s>", "<|im_end|>", "<pad>"}
+    assert [LLAMA.is_text(i) for i in (0, 1, 2, 3, 259)] == [False, False, False, True, True]
+
+
 def test_stop_ids_are_eos_eot_eom_and_known_end_tokens_that_are_not_plain_text() -> None:
     assert BYTE_LEVEL.stop_ids == {262, 263}
     more = Tokenizer.from_gguf(byte_level(eot_token_id=264, eom_token_id=265))

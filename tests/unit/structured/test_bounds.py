@@ -65,7 +65,7 @@ REFUSED = [
     ({"grammar": "start: @other"}, "grammar cannot be used: unknown grammar @other"),
     ({"grammar": "%import secret.FILE\nstart: FILE"}, "grammar cannot be used: line 1, column 1: Unknown common regex"),
     ({"grammar": ": a"}, "grammar has a ':' that defines no name"),
-    ({"grammar": "start: A\nA: B\nB: A"}, "grammar: B contains itself"),
+    ({"grammar": "start: A\nA: B\nB: A"}, "grammar: A contains itself"),
 ]
 
 
@@ -97,6 +97,10 @@ def references(count: int, schema: str) -> str:
     return f'{{"$ref":"#/$defs/d0","$defs":{{{inner},"d{count}":{{"type":"string"}}}}}}'
 
 
+def later(index: int, end: int) -> str:
+    return "|".join(f"A{i}" for i in range(index + 1, end))
+
+
 HOSTILE = {
     "parentheses": {"regex": "(" * 100_000 + "a" + ")" * 100_000},
     "stars": {"regex": "a" + "*" * 200_000},
@@ -117,6 +121,8 @@ HOSTILE = {
     "nested terminals": {"grammar": chain(400, "(" * 4 + "{}" + ' "y")*' * 4, "A")},
     "doubling": {"grammar": chain(60, "{} {}")},
     "doubling terminals": {"grammar": chain(60, "{} {}", "A")},
+    "undefined names": {"grammar": "start: " + "|".join(f"A{i}" for i in range(40_000))},
+    "names in all names": {"grammar": "start: A0\n" + "".join(f"A{i}: {later(i, 200)}\n" for i in range(199))},
     "ambiguity": {"grammar": 'start: a\na: a a | "x" | a a a | '},
     "intersections": {"grammar": "start: A\nA: " + " & ".join(f"/(?s:.*){c}(?s:.*)/" for c in "abcdefghijklm")},
     "json in a grammar": {"grammar": "start: %json " + '{"not":' * 30_000 + "{}" + "}" * 30_000},
@@ -208,6 +214,16 @@ def test_what_others_used_up_of_a_grammar_does_not_end_a_request(made, monkeypat
     assert other._matcher.is_error()
     other.accept(a)
     assert other.allowed()[c // 32] >> c % 32 & 1
+
+
+def test_depth_is_counted_through_names_and_brackets():
+    check(chain(248, names="A"))
+    check("start: A\nA: " + "(" * 248 + '"a"' + ")" * 248)
+    check("start: " + " ".join(f"A{i}" for i in range(900)) + "\n" + "".join(f'A{i}: "x"\n' for i in range(900)))
+    for grammar in (chain(250, names="A"), chain(120, "(({}))", "A"), "A: B\nB: C\nC: (A)", '_A: "x" _A'):
+        with pytest.raises(RequestError, match="contains itself, or nests deeper than the 250 levels"):
+            check(grammar)
+    check('start: a\na: b\nb: a | "x"')  # rules may
 
 
 def test_guides_are_made_from_several_threads(made):
