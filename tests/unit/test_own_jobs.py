@@ -11,25 +11,22 @@ import batch_lines
 from polyhead import LLM
 from polyhead.offline import Input, OfflineRun, Output
 from polyhead.own_jobs import OwnJobs
-from small_llm import GREEDY, IDS, assert_idle
+from small_llm import GREEDY, IDS, assert_idle, seeded
+from tasks import LONG, slowly
 
 
-def queued(own: OwnJobs, count: int) -> list:
+def queued(own: OwnJobs, *lengths: int) -> list:
     with own.turn() as generation:
-        jobs = [generation.prepare([i, 5], GREEDY) for i in range(count)]
+        jobs = [generation.prepare([i, 5], seeded(i, max_tokens=length)) for i, length in enumerate(lengths)]
         for job in jobs:
             own.queue(generation, job)
     return jobs
 
 
-def test_a_step_returns_own_jobs_with_news_and_after_another_s_turn_what_it_brought(llm):
+def test_after_another_s_turn_a_step_returns_what_its_steps_brought_too(llm):
     one, two = OwnJobs(llm), OwnJobs(llm)
-    mine, theirs = queued(one, 2), queued(two, 1)
+    mine, theirs = queued(one, 8, 8), queued(two, 8)
     with one.turn() as generation:
-        assert one.step(generation) == mine
-    with one.turn() as generation:
-        mine[1].deltas.clear()
-        theirs[0].deltas.clear()
         assert one.step(generation) == mine
     with two.turn() as generation:
         while generation.has_work:
@@ -37,25 +34,57 @@ def test_a_step_returns_own_jobs_with_news_and_after_another_s_turn_what_it_brou
     assert all(job.done for job in (*mine, *theirs))
     with one.turn() as generation:
         assert one.step(generation) == mine
-        one.abort(generation, [job.id for job in (*mine, *theirs)])
-        assert not one
-        assert two
+        one.abort(generation, [job.id for job in mine])
+    assert not one
+    assert two
     with two.turn() as generation:
         two.abort(generation, [theirs[0].id, "unknown"])
 
 
-def test_turns_of_one_s_own_are_not_another_s(llm):
+def test_without_another_s_turn_a_step_returns_only_what_it_moved(llm):
     own = OwnJobs(llm)
-    jobs = queued(own, 5)  # three fit a step
+    short, long, other = queued(own, 1, 8, 8)
     with own.turn() as generation:
-        own.step(generation)
+        assert own.step(generation) == [short, long, other]
     with own.turn() as generation:
-        own.abort(generation, [jobs[0].id])
+        own.abort(generation, [other.id])
     with own.turn() as generation:
-        found = own.step(generation)
-        assert jobs[1] in found
-        assert len(found) == 2 or jobs[3] in found, "only those that moved"
-        own.abort(generation, [job.id for job in jobs])
+        assert own.step(generation) == [long], "what the short one holds is no news"
+        own.abort(generation, [short.id, long.id])
+
+
+def test_nobody_ends_another_s_jobs(llm):
+    one, two = OwnJobs(llm), OwnJobs(llm)
+    (job,) = queued(one, 8)
+    with two.turn() as generation:
+        two.abort(generation, [job.id])
+    with one.turn() as generation:
+        while not job.done:
+            assert one.step(generation) == [job]
+        one.abort(generation, [job.id])
+
+
+def test_whoever_comes_waits_for_the_step_under_way_and_no_other(llm, monkeypatch):
+    steps = slowly(llm, monkeypatch, 0.002)
+    stop = threading.Event()
+
+    def all_the_time() -> None:
+        while not stop.is_set():
+            llm.generate([[i] for i in range(3)], LONG)
+
+    thread = threading.Thread(target=all_the_time)
+    thread.start()
+    waited = []
+    try:
+        for i in range(200):
+            time.sleep(0.001 + 0.00001 * i)
+            before = len(steps)
+            with llm._engine():
+                waited.append(len(steps) - before)
+    finally:
+        stop.set()
+        thread.join()
+    assert sorted(waited)[-5] <= 1, "now and then a thread that passed the door is overtaken once more"
 
 
 def test_a_stream_closed_in_the_middle_of_a_step_while_a_thread_waits_for_its_turn_stops_nobody(llm, monkeypatch):
