@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import math
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 from polyhead import LLM, AsyncLLM, PolyheadError, SamplingParams
@@ -17,11 +19,16 @@ from tasks import LONG, loop_threads, run, slowly, tokens_of, until_idle
 # Failures
 
 
-def failing(llm: LLM, monkeypatch: pytest.MonkeyPatch, calls: set[int], error: BaseException) -> None:
-    submit, count = llm._generation.model.submit, iter(range(10**6))
+def failing(llm: LLM, monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool], error: BaseException) -> None:
+    """Makes steps fail: ``when`` is told how many steps there were before, and may look at what is open.
+
+    Steps are slow, so that what a test starts together is open together on a busy machine too.
+    """
+    submit, count = llm._generation.model.submit, itertools.count()
 
     def submit_or_fail(*args):
-        if next(count) in calls:
+        time.sleep(0.01)
+        if when(next(count)):
             raise error
         return submit(*args)
 
@@ -29,11 +36,13 @@ def failing(llm: LLM, monkeypatch: pytest.MonkeyPatch, calls: set[int], error: B
 
 
 def test_a_failure_of_the_model_ends_the_requests_of_its_step_and_serves_the_next(llm, monkeypatch):
-    failing(llm, monkeypatch, {3, 40}, DeviceError("the device fell over"))
+    armed: list[bool] = []
+    failing(llm, monkeypatch, lambda _: bool(armed) and armed.pop(), DeviceError("the device fell over"))
 
     async def main() -> None:
         async with AsyncLLM(llm) as model:
             for _ in range(2):
+                armed.append(True)
                 streams = [asyncio.create_task(tokens_of(model.stream([i], LONG))) for i in range(2)]
                 whole = asyncio.create_task(model.generate([IDS, [9]], LONG))
                 found = await asyncio.gather(*streams, whole, return_exceptions=True)
@@ -49,7 +58,7 @@ def test_a_failure_of_the_model_ends_the_requests_of_its_step_and_serves_the_nex
 
 def test_the_deltas_before_a_failure_come_before_its_error(llm, monkeypatch):
     expected = llm.generate([IDS], LONG)[0].token_ids
-    failing(llm, monkeypatch, {7}, DeviceError("the device fell over"))
+    failing(llm, monkeypatch, lambda steps: steps == 7, DeviceError("the device fell over"))
 
     async def main() -> None:
         async with AsyncLLM(llm) as model:
@@ -85,14 +94,7 @@ def test_a_request_that_bans_every_token_fails_alone(llm):
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), MemoryError(), SystemError("a device's")])
 def test_an_unexpected_exception_ends_all_open_requests_with_it_and_the_thread_goes_on(llm, monkeypatch, error):
-    submit = llm._generation.model.submit
-
-    def submit_or_fail(*args):
-        if len(llm._generation._jobs) == 18:
-            raise error
-        return submit(*args)
-
-    monkeypatch.setattr(llm._generation.model, "submit", submit_or_fail)
+    failing(llm, monkeypatch, lambda _: len(llm._generation._jobs) == 18, error)
 
     async def main() -> None:
         async with AsyncLLM(llm) as model:
@@ -114,20 +116,13 @@ def test_an_unexpected_exception_ends_all_open_requests_with_it_and_the_thread_g
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_thread_that_cannot_go_on_says_so_instead_of_leaving_anybody_waiting(llm, monkeypatch):
-    submit = llm._generation.model.submit
-
-    def submit_or_fail(*args):
-        if len(llm._generation._jobs) == 3:
-            raise ZeroDivisionError("a bug")
-        return submit(*args)
-
     def abort(self, job_id: str) -> None:
         raise ArithmeticError("nothing works")
 
     async def main() -> None:
         async with AsyncLLM(llm) as model:
             await model.generate([1], seeded(1, max_tokens=1))
-            monkeypatch.setattr(llm._generation.model, "submit", submit_or_fail)
+            failing(llm, monkeypatch, lambda _: len(llm._generation._jobs) == 3, ZeroDivisionError("a bug"))
             monkeypatch.setattr(type(llm._generation), "abort", abort)
             tasks = [asyncio.create_task(tokens_of(model.stream([i], LONG))) for i in range(3)]
             found = await asyncio.gather(*tasks, return_exceptions=True)
