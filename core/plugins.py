@@ -19,7 +19,7 @@ import pluggy
 
 from .arch import Decoder, Metadata, Module
 from .architecture import Architecture
-from .errors import ConfigError, MissingKeyError, PluginError, PolyheadError, summary
+from .errors import MissingKeyError, PluginError, PolyheadError, UnknownMetadataError, summary
 from .plugin_checks import check_commands, check_modules, read_plugin
 from .plugin_loading import aside, contained, load
 from .runtime.modules import ModuleKind
@@ -135,10 +135,9 @@ class Registry:
         if unread:
             shown = ", ".join(f"{_short(key)} = {_short(repr(values[key]))}" for key in unread[:_MOST_SHOWN])
             more = f" and {len(unread) - _MOST_SHOWN} more" if len(unread) > _MOST_SHOWN else ""
-            raise ConfigError(
-                f"plugin {plugin.origin} does not know the metadata {shown}{more}; the model might run wrongly. "
-                f"To run it all the same, set model.ignore_metadata: [{', '.join(unread[:_MOST_SHOWN])}]"
-            )
+            problem = f"plugin {plugin.origin} does not know the metadata {shown}{more}; the model might run wrongly"
+            advice = f"To run it all the same, set model.ignore_metadata: [{', '.join(unread[:_MOST_SHOWN])}]"
+            raise UnknownMetadataError(problem, advice)
         return decoder, plugin, arch
 
     def module_kinds(self) -> dict[type[Module], ModuleKind]:

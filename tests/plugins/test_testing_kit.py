@@ -5,6 +5,7 @@ from __future__ import annotations
 import _ctypes
 import dataclasses
 import inspect
+import os
 import re
 import shutil
 import subprocess
@@ -371,6 +372,59 @@ def test_optional_tensors_are_tried_present_and_absent(install):
         distribution="pickers",
     )
     assert [variant.decoder.head is not None for variant in Subject("picky_module", CASE).variants] == [True, False]
+
+
+WIDE_NORM = Case("mine", CASE.metadata, tensors={"blk.0.attn_q_norm.weight": (32,)})
+NORMED = SOUND.replace('"half"),', '"half"), q_norm=RMSNorm(name("attn_q_norm"), self.eps(meta)),')
+
+
+def test_a_norm_over_all_heads_is_not_blamed_on_another_file(install):
+    install(NORMED)
+    message = failure(suite("strange_module", WIDE_NORM), "test_decoder_is_pure_and_repeatable")
+    assert "blk.0.attn_q_norm.weight is [32] in the file, blocks[0].attn.q_norm needs [8]" in message
+    assert "q_norm and k_norm act on each head by itself" in message
+    assert "remember" not in message
+
+
+def test_a_stale_key_of_the_case_gets_advice_for_an_author(install):
+    install(SOUND)
+    stale = Case("mine", {**CASE.metadata, "pooling_type": 1})
+    message = failure(suite("strange_module", stale), "test_every_metadata_key_of_the_case_is_read")
+    assert "does not know the metadata mine.pooling_type = 1" in message
+    assert "Read it with meta.get, name it with meta.ignore if it changes nothing, or drop it from the case" in message
+    assert "model.ignore_metadata" not in message
+
+
+CASES = {
+    "a case without a key": (SOUND, {"attention.head_count": None}, "no metadata key mine.attention.head_count (int)"),
+    "a case with a stale key": (SOUND, {"pooling_type": 1}, "does not know the metadata mine.pooling_type = 1"),
+    "a field of another type": (SOUND.replace("head=Linear(head) if", "head=head if"), {}, "head is 'output.weight'"),
+    "a norm over all heads": (NORMED, {}, "attn_q_norm.weight is [32] in the file"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_every_test_of_a_class_meets_is_said_once_and_fails_them_all(name, install, tmp_path):
+    source, changes, message = CASES[name]
+    install(source)
+    metadata = {key: value for key, value in {**CASE.metadata, **changes}.items() if value is not None}
+    tensors = WIDE_NORM.tensors if source is NORMED else {}
+    (tmp_path / "test_mine.py").write_text(
+        "from polyhead.testing import Case, ConformanceTests\n\n\nclass TestMine(ConformanceTests):\n"
+        f"    plugin = 'strange_module'\n    case = Case('mine', {metadata!r}, tensors={tensors!r})\n"
+        "\n    def reference(self, metadata, weights, ids): ...\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-rN", "-p", "no:cacheprovider", "-k", "not cuda", "test_mine.py"]
+    paths = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    out = done.stdout
+    assert out.count(message) == 1, out
+    failed = int(re.search(r"(\d+) failed", out)[1])
+    assert failed >= 14, out
+    assert (
+        len(re.findall(r"^see the first failure, test_\w+: this test met the same$", out, re.MULTILINE)) == failed - 1
+    )
 
 
 def test_a_tensor_that_the_case_itself_has_may_be_unused(install):
