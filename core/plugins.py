@@ -192,12 +192,14 @@ class Registry:
 
 
 def discover(
-    disable: Collection[str] = (), entry_points: Iterable[importlib_metadata.EntryPoint] | None = None
+    disable: Collection[str] = (),
+    entry_points: Iterable[importlib_metadata.EntryPoint] | None = None,
+    warn: bool = True,
 ) -> Registry:
     """Loads every plugin of the group ``polyhead``, each in isolation. Logs a warning for each that failed.
 
     ``disable`` holds names of entry points or distributions; a name that matches none is a PluginError.
-    ``entry_points`` replaces the installed ones.
+    ``entry_points`` replaces the installed ones. ``warn=False`` is for who shows the reasons anyway.
     """
     disabled = {canonical(name) for name in disable}
     plugins: dict[tuple[str, str, str], Plugin] = {}
@@ -215,7 +217,7 @@ def discover(
     _refuse_unknown(disable, ordered)
     _refuse_shared_specs(ordered)
     for plugin in ordered:
-        if plugin.state == "FAILED":
+        if warn and plugin.state == "FAILED":
             _log.warning("plugin %s is left out: %s", plugin.origin, plugin.reason)
     return Registry(ordered)
 

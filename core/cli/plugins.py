@@ -35,7 +35,7 @@ def command(ctx: click.Context, console: Console, disable: tuple[str, ...], as_j
         return
     from ..plugins import GROUP, discover
 
-    registry = discover(disable)
+    registry = discover(disable, warn=False)
     plugins = registry.plugins
     root = ctx.find_root().command
     added = root.ask_plugins(console, registry) if isinstance(root, CommandGroup) else []
