@@ -242,6 +242,6 @@ def _where(rows: list[float], tolerance: float) -> str:
         )
     first = next(index for index, error in enumerate(rows) if error >= tolerance)
     return (
-        f"Token 0 agrees ({rows[0]:.2g}), token {first} is the first that does not ({rows[first]:.2g}): look at what "
+        f"Token 0 agrees, token {first} is the first that does not ({rows[first]:.2g}): look at what "
         f"tells tokens apart or mixes them, such as {_MIXING}"
     )
