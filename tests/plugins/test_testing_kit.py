@@ -270,6 +270,20 @@ def test_what_is_right_stays_well_below_the_bound(seed):
             assert error < example.case.tolerance / 3
 
 
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("example", [TestGPT2, TestGPTNeoX])
+def test_the_other_form_of_gelu_is_well_above_the_bound(example, seed):
+    """Without a gate it shows least: around 1e-4, which was the bound once."""
+    subject = Subject(example.plugin, dataclasses.replace(example.case, seed=seed))
+    variant = subject.variants[0]
+    ids, right = subject.prompt(variant.decoder), variant.decoder
+    (form,) = {block.mlp.activation for block in right.blocks}
+    other = {"gelu": "gelu_tanh", "gelu_tanh": "gelu"}[form]
+    blocks = [dataclasses.replace(each, mlp=dataclasses.replace(each.mlp, activation=other)) for each in right.blocks]
+    wrong = subject.logits(dataclasses.replace(right, blocks=tuple(blocks)), variant.weights, ids)
+    assert kit.error_of(wrong, naive.logits(right, variant.weights, ids)) > 5 * example.case.tolerance
+
+
 def test_token_0_is_evidence_only_where_it_is_clearly_better():
     from polyhead.testing.logits import _where
 
