@@ -56,6 +56,17 @@ class MissingKeyError(ModelFileError, ConfigError):
     """A metadata key that the architecture needs is absent."""
 
 
+class UnknownMetadataError(ConfigError):
+    """A file has keys that its architecture neither read nor ignored: the problem, and advice for who has the file."""
+
+    def __init__(self, problem: str, advice: str) -> None:
+        super().__init__(problem, advice)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return ". ".join(self.args)
+
+
 class TensorError(ModelFileError):
     """Tensors of the file are missing, unexpected, claimed twice or of another shape than the architecture says."""
 

@@ -19,7 +19,7 @@ import pluggy
 
 from .arch import Decoder, Metadata, Module
 from .architecture import Architecture
-from .errors import ConfigError, MissingKeyError, PluginError, PolyheadError, summary
+from .errors import MissingKeyError, PluginError, PolyheadError, UnknownMetadataError, summary
 from .plugin_checks import check_commands, check_modules, read_plugin
 from .plugin_loading import aside, contained, load
 from .runtime.modules import ModuleKind
@@ -135,10 +135,9 @@ class Registry:
         if unread:
             shown = ", ".join(f"{_short(key)} = {_short(repr(values[key]))}" for key in unread[:_MOST_SHOWN])
             more = f" and {len(unread) - _MOST_SHOWN} more" if len(unread) > _MOST_SHOWN else ""
-            raise ConfigError(
-                f"plugin {plugin.origin} does not know the metadata {shown}{more}; the model might run wrongly. "
-                f"To run it all the same, set model.ignore_metadata: [{', '.join(unread[:_MOST_SHOWN])}]"
-            )
+            problem = f"plugin {plugin.origin} does not know the metadata {shown}{more}; the model might run wrongly"
+            advice = f"To run it all the same, set model.ignore_metadata: [{', '.join(unread[:_MOST_SHOWN])}]"
+            raise UnknownMetadataError(problem, advice)
         return decoder, plugin, arch
 
     def module_kinds(self) -> dict[type[Module], ModuleKind]:
@@ -193,12 +192,14 @@ class Registry:
 
 
 def discover(
-    disable: Collection[str] = (), entry_points: Iterable[importlib_metadata.EntryPoint] | None = None
+    disable: Collection[str] = (),
+    entry_points: Iterable[importlib_metadata.EntryPoint] | None = None,
+    warn: bool = True,
 ) -> Registry:
     """Loads every plugin of the group ``polyhead``, each in isolation. Logs a warning for each that failed.
 
     ``disable`` holds names of entry points or distributions; a name that matches none is a PluginError.
-    ``entry_points`` replaces the installed ones.
+    ``entry_points`` replaces the installed ones. ``warn=False`` is for who shows the reasons anyway.
     """
     disabled = {canonical(name) for name in disable}
     plugins: dict[tuple[str, str, str], Plugin] = {}
@@ -216,7 +217,7 @@ def discover(
     _refuse_unknown(disable, ordered)
     _refuse_shared_specs(ordered)
     for plugin in ordered:
-        if plugin.state == "FAILED":
+        if warn and plugin.state == "FAILED":
             _log.warning("plugin %s is left out: %s", plugin.origin, plugin.reason)
     return Registry(ordered)
 

@@ -16,6 +16,10 @@ from .runtime.contract import WeightInfo
 
 _MOST_LINES = 20
 _MOST_CANDIDATES = 1000
+_PER_HEAD = (
+    "q_norm and k_norm act on each head by itself, with one weight [head_dim] for all heads; a norm over all heads at "
+    "once, or with weights for each head, is not in the vocabulary"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,8 @@ def claim(decoder: Decoder, tensors: Mapping[str, WeightInfo]) -> Claims:
     if problems:
         more = len(problems) - _MOST_LINES
         shown = problems[:_MOST_LINES] + ([f"and {more} more"] if more > 0 else [])
+        if any(_is_head_norm(spec) and _misshapen(spec, tensors) for spec in owners.values()):
+            shown.append(_PER_HEAD)
         raise TensorError("the file's tensors do not fit the architecture:\n  " + "\n  ".join(shown))
     return Claims(specs, tuple(unused))
 
@@ -68,11 +74,19 @@ def _missing_or_misshapen(
             close = difflib.get_close_matches(spec.name, candidates, 1, cutoff=0.85)
             hint = f"; the file has {close[0]}" if close else ""
             yield f"missing: {spec.name} {_shape(spec.shape)}, which {spec.owner} reads{hint}"
-        elif tuple(tensors[spec.name].shape) != spec.shape:
+        elif _misshapen(spec, tensors):
             yield (
                 f"wrong shape: {spec.name} is {_shape(tensors[spec.name].shape)} in the file, "
                 f"{spec.owner} needs {_shape(spec.shape)}"
             )
+
+
+def _misshapen(spec: TensorSpec, tensors: Mapping[str, WeightInfo]) -> bool:
+    return spec.name in tensors and tuple(tensors[spec.name].shape) != spec.shape
+
+
+def _is_head_norm(spec: TensorSpec) -> bool:
+    return spec.owner.endswith((".q_norm", ".k_norm"))
 
 
 def _shape(shape: tuple[int, ...]) -> str:

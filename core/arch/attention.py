@@ -40,8 +40,9 @@ class Attention:
     """Causal attention. MHA is ``kv_heads == heads``, GQA fewer, MQA one.
 
     ``head_dim`` stands by itself: it need not be hidden / heads. ``q_norm`` and ``k_norm`` act on each head's
-    [head_dim] before RoPE. ``window``: a query at position p sees keys at p − window + 1 … p. ``softcap``:
-    scores become softcap · tanh(score / softcap). ``scale`` multiplies q·k; None means head_dim^(−1/2).
+    [head_dim] before RoPE, with one weight for all heads. ``window``: a query at position p sees keys at
+    p − window + 1 … p. ``softcap``: scores become softcap · tanh(score / softcap). ``scale`` multiplies q·k; None means
+    head_dim^(−1/2).
     """
 
     heads: int

@@ -13,7 +13,8 @@ class Module:
     """A position-wise layer of a plugin's own: rows of [hidden] in, rows of [hidden] out, no mixing between rows.
 
     Subclass it as a frozen dataclass whose fields say all there is to know, and register an implementation for the
-    subclass with the hook ``polyhead_register_modules``. It stands where an MLP stands.
+    subclass with the hook ``polyhead_register_modules``. It stands where a block's MLP stands and nowhere else:
+    attention is what the fields of Attention say.
     """
 
     def tensors(self, hidden: int) -> Iterator[TensorSpec]:

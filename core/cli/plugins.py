@@ -35,7 +35,7 @@ def command(ctx: click.Context, console: Console, disable: tuple[str, ...], as_j
         return
     from ..plugins import GROUP, discover
 
-    registry = discover(disable)
+    registry = discover(disable, warn=False)
     plugins = registry.plugins
     root = ctx.find_root().command
     added = root.ask_plugins(console, registry) if isinstance(root, CommandGroup) else []
@@ -78,7 +78,7 @@ def new(console: Console, name: str, directory: Path) -> None:
     folder = write(names, directory)
     console.result(str(folder))
     console.note(
-        f"polyhead: wrote {names.distribution}. Next:\n"
+        f"polyhead: wrote {names.distribution}. Next, in an environment that has polyhead, as this one has:\n"
         f"  cd {shlex.quote(str(folder))}\n"
         "  python -m pip install -e '.[test]'\n"
         "  python -m pytest\n"

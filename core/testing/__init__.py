@@ -23,9 +23,7 @@ def __getattr__(name: str) -> object:
     try:
         import pytest  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            "polyhead.testing.ConformanceTests needs pytest: pip install 'polyhead[testing]', or pip install pytest"
-        ) from error
+        raise ImportError("polyhead.testing.ConformanceTests needs pytest: pip install pytest") from error
     from .conformance import ConformanceTests
 
     return ConformanceTests

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, ClassVar, NoReturn
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import PolyheadError
+from ..errors import ConfigError, PolyheadError
 from .case import Case
 from .subject import Subject, Variant
 
@@ -29,30 +30,63 @@ class Base:
     case: ClassVar[Case]
 
     @classmethod
-    def subject(cls) -> Subject:
-        """The plugin loaded with this class's case; a failure where it cannot be."""
+    def made(cls) -> Subject:
+        """The plugin loaded with this class's case. Raises PolyheadError where it cannot be."""
         known: Subject | None = cls.__dict__.get("_subject")
         if known is None:
             for name, kind in (("plugin", (ModuleType, str)), ("case", Case)):
                 if not isinstance(getattr(cls, name, None), kind):
-                    fail(f"{cls.__name__} has no {name}; write `plugin = your_module` and `case = Case(…)` into it")
-            try:
-                known = Subject(cls.plugin, cls.case)
-            except PolyheadError as error:
-                fail(str(error))
+                    raise ConfigError(
+                        f"{cls.__name__} has no {name}; write `plugin = your_module` and `case = Case(…)` into it"
+                    )
+            known = Subject(cls.plugin, cls.case)
             cls._subject = known  # type: ignore[attr-defined]
         return known
 
     @classmethod
-    def variants(cls) -> Iterator[Variant]:
-        """The case's models, each checked as a file is when it is opened."""
+    def subject(cls) -> Subject:
+        """The plugin loaded with this class's case; a failure where it cannot be."""
+        try:
+            return cls.made()
+        except PolyheadError as error:
+            cls.fail_once(str(error))
+
+    @classmethod
+    def built(cls) -> tuple[Variant, ...]:
+        """The case's models, unchecked; a failure where the plugin cannot build them."""
         subject = cls.subject()
         try:
-            for variant in built(subject):
-                subject.check(variant)
+            return subject.variants
         except PolyheadError as error:
-            fail(f"the case's model cannot be opened: {error}")
-        yield from subject.variants
+            cls.fail_once(f"the case's model cannot be built: {error}")
+
+    @classmethod
+    def variants(cls) -> Iterator[Variant]:
+        """The case's models, each checked as a file is when it is opened."""
+        subject, built = cls.subject(), cls.built()
+        for variant in built:
+            cls.opened(variant, subject.check)
+        yield from built
+
+    @classmethod
+    def opened(cls, variant: Variant, check: Callable[[Variant], None]) -> None:
+        """Does a check of what opens files; a failure where it refuses the variant."""
+        try:
+            check(variant)
+        except PolyheadError as error:
+            cls.fail_once(f"the case's model, {variant.label}, cannot be opened: {error}")
+
+    @classmethod
+    def fail_once(cls, message: str) -> NoReturn:
+        """A failure that nearly every test of the class meets: in full in the first, a line in the others.
+
+        They still fail: a test that could not be made is not one that may be left out.
+        """
+        told: dict[str, str] = cls.__dict__.get("_told") or {}
+        cls._told = told  # type: ignore[attr-defined]
+        test = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0].rpartition("::")[2]
+        first = told.setdefault(message, test)
+        fail(message if first == test else f"see the first failure, {first}: this test met the same")
 
     @classmethod
     def first(cls) -> Variant:
@@ -76,7 +110,7 @@ class Base:
             pytest.skip("no CUDA packages: pip install 'polyhead[cu13]'")
         subject = cls.subject()
         kinds = subject.registry.module_kinds()
-        built(subject)
+        cls.built()
         for spec in subject.kinds():
             if getattr(kinds.get(spec), "cuda", None) is None:
                 pytest.skip(f"{spec.__name__} has no CUDA implementation: its ModuleKind gives no cuda")
@@ -91,14 +125,6 @@ def run(
         return subject.logits(variant.decoder, weights, ids, device, **options)
     except PolyheadError as error:
         fail(f"the model does not run on {device}, {variant.label}: {error}")
-
-
-def built(subject: Subject) -> tuple[Variant, ...]:
-    """The case's models, unchecked; a failure where the plugin cannot build them."""
-    try:
-        return subject.variants
-    except PolyheadError as error:
-        fail(str(error))
 
 
 def fail(message: str) -> NoReturn:

@@ -10,7 +10,7 @@ from .logits import LogitTests
 from .tensors import TensorTests
 
 
-class ConformanceTests(LoadingTests, KeyTests, TensorTests, LayerTests, KernelTests, LogitTests):
+class ConformanceTests(LogitTests, KernelTests, LayerTests, TensorTests, KeyTests, LoadingTests):
     """Subclass it in a test file, give it ``plugin`` and ``case``, and run pytest; one subclass for each case.
 
     ``plugin`` is the module with the hookimpls, or its import name. Define ``reference(self, metadata, weights, ids)``

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from .. import devices
 from ..arch import Decoder, LearnedPositions, Module, TensorSpec
 from ..architecture import Architecture
-from ..errors import ConfigError, PluginError, PolyheadError, summary
+from ..errors import ConfigError, PluginError, PolyheadError, UnknownMetadataError, summary
 from ..plugin_checks import check_modules
 from ..plugins import GROUP, Plugin, Registry, discover
 from ..runtime.contract import LoadedModel, RuntimeOptions, WeightSource
@@ -156,8 +156,18 @@ class Subject:
 
     def check(self, variant: Variant) -> None:
         """What opening a file checks: all metadata known, every tensor claimed once. Raises what that raises."""
-        decoder, _, _ = self.registry.decoder(self.values, variant.shapes)
+        try:
+            decoder, _, _ = self.registry.decoder(self.values, variant.shapes)
+        except UnknownMetadataError as error:  # whose advice is for someone who only has the file
+            raise ConfigError(
+                f"{error.problem}. Read it with meta.get, name it with meta.ignore if it changes nothing, or drop it "
+                "from the case if no file has it"
+            ) from error
         claim(decoder, {name: Info(shape) for name, shape in variant.shapes.items()})
+
+    def claim(self, variant: Variant) -> None:
+        """That the variant's Decoder claims every tensor once. Raises TensorError."""
+        claim(variant.decoder, {name: Info(shape) for name, shape in variant.shapes.items()})
 
     def kinds(self) -> list[type[Module]]:
         """The layers of plugins' own in the case's Decoders."""

@@ -11,7 +11,7 @@ from ..arch import Attention, Decoder, SplitQKV
 from ..errors import PolyheadError, summary
 from ..model import Model
 from ..weights import claim
-from .base import CPU_NOISE, CUDA_LOGITS, Base, built, error_of, fail, run, shown
+from .base import CPU_NOISE, CUDA_LOGITS, Base, error_of, fail, run, shown
 from .case import Case
 from .memory import Info
 from .steps import logits_of
@@ -28,7 +28,7 @@ class TensorTests(Base):
     def test_the_tree_claims_every_tensor_of_a_file_once(self) -> None:
         """A real file with exactly these tensors opens, and describes the same model as its metadata alone."""
         subject = self.subject()
-        for variant in built(subject):
+        for variant in self.variants():
             try:
                 with subject.file(variant) as (path, _), Model(path, subject.registry) as model:
                     decoder = model.decoder

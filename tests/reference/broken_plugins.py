@@ -323,8 +323,8 @@ FAULTS = {
         _LOGITS,
         '"half"',
         '"interleaved"',
-        r"logits on cpu, with all optional tensors, are 0\.\d+ off the reference, expected less than 0\.0001 .*"
-        r"Token 0 agrees, token 1 is the first that does not: look at .* RoPE pairing and theta",
+        r"logits on cpu, with all optional tensors, are 0\.\d+ off the reference, expected less than 1e-05 .*"
+        r"Token 0 agrees, token 1 is the first that does not \(.*\): look at .* RoPE pairing, theta",
     ),
     "swaps gate and up": Fault(
         _LOGITS,

@@ -87,6 +87,21 @@ def test_a_missing_tensor_that_goes_by_a_similar_name_is_recognised():
     ]
 
 
+def test_a_norm_over_all_heads_is_told_apart_from_one_on_each():
+    norms = {"q_norm": RMSNorm("q_norm", 1e-5), "k_norm": RMSNorm("k_norm", 1e-5)}
+    first, second = DECODER.blocks
+    normed = dataclasses.replace(first, attn=dataclasses.replace(first.attn, **norms))
+    decoder = dataclasses.replace(DECODER, blocks=(normed, second))
+    assert problems(decoder, {**infos(decoder), "q_norm": Info((8,)), "k_norm": Info((2, 4))}) == [
+        "wrong shape: q_norm is [8] in the file, blocks[0].attn.q_norm needs [4]",
+        "wrong shape: k_norm is [2, 4] in the file, blocks[0].attn.k_norm needs [4]",
+        "q_norm and k_norm act on each head by itself, with one weight [head_dim] for all heads; a norm over all heads "
+        "at once, or with weights for each head, is not in the vocabulary",
+    ]
+    others = problems(decoder, {**infos(decoder), "norm": Info((4,))})
+    assert others == ["wrong shape: norm is [4] in the file, final_norm needs [8]"]
+
+
 def test_a_tensor_that_nobody_reads_is_refused_unless_the_architecture_lists_it():
     tensors = infos() | {"blk.0.rot": Info((4,)), "old": Info((1,))}
     assert claim(DECODER, tensors).unused == ("blk.0.rot", "old")

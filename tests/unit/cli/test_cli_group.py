@@ -121,10 +121,11 @@ def test_a_broken_plugin_is_listed_with_its_reason_and_disabled_on_request(
     spawn: Callable[..., subprocess.CompletedProcess[str]], write_plugin: Callable[[str, str], Path]
 ) -> None:
     site = write_plugin("wreck", "raise RuntimeError('half installed')\n")
-    lines = spawn("plugins", path=(site,)).stdout.splitlines()
+    result = spawn("plugins", path=(site,))
+    lines = result.stdout.splitlines()
     assert any("wreck 2.5" in line and "FAILED: RuntimeError: half installed" in line for line in lines)
     assert any("llama_gqa for llama" in line and line.endswith("ok") for line in lines)
-    assert spawn("plugins", path=(site,)).stderr.count("half installed") == 1
+    assert result.stderr == ""  # the table has it; once is enough
     lines = spawn("plugins", "--disable", "wreck", path=(site,)).stdout.splitlines()
     assert any("wreck" in line and line.endswith("disabled") for line in lines)
     wrong = spawn("plugins", "--disable", "nobody", path=(site,))

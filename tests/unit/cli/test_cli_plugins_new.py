@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import keyword
 import re
 import string
+import sys
 import tomllib
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
@@ -89,6 +92,35 @@ def test_the_plugin_loads_whatever_it_is_called(name: str, monkeypatch: pytest.M
     assert not registry.failures
     plugin, architecture = registry.find(name)
     assert (plugin.name, architecture.name, architecture.gguf_names) == (names.name, names.name, (name,))
+
+
+def test_the_reader_is_told_that_polyhead_comes_first(invoke: Invoke) -> None:
+    result = invoke("plugins", "new", "new-arch")
+    assert "in an environment that has polyhead, as this one has:" in result.stderr
+    readme = (Path("polyhead-new-arch") / "README.md").read_text()
+    assert readme.index("Install polyhead first, from its checkout") < readme.index("pip install -e '.[test]'")
+
+
+def test_its_tests_say_why_some_are_skipped_and_still_list_failures(invoke: Invoke) -> None:
+    invoke("plugins", "new", "new-arch")
+    project = tomllib.loads((Path("polyhead-new-arch") / "pyproject.toml").read_text())
+    assert set("sfE") < set(project["tool"]["pytest"]["ini_options"]["addopts"])
+
+
+def test_keys_that_the_format_lets_a_file_leave_out_may_be_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From plugin and reference alike: the usual head size, a K/V head for each head, RoPE's usual base."""
+    folder = write(Names.of("new-arch"), Path()).resolve()
+    for path in (folder, folder / "tests"):
+        monkeypatch.syspath_prepend(str(path))
+    suite = importlib.import_module("test_new_arch").TestNewArch
+    dropped = ("attention.key_length", "attention.value_length", "attention.head_count_kv", "rope.freq_base")
+    metadata = {key: value for key, value in suite.case.metadata.items() if key not in dropped}
+    metadata["attention.head_count"] = 4
+    monkeypatch.setattr(suite, "case", dataclasses.replace(suite.case, metadata=metadata))
+    for test in ("logits_equal_the_reference", "every_metadata_value_matters", "strange_metadata_is_refused_or_works"):
+        getattr(suite(), f"test_{test}")()
+    for module in ("test_new_arch", "polyhead_new_arch"):
+        del sys.modules[module]
 
 
 _WORD = st.text(string.ascii_lowercase + string.digits, min_size=1, max_size=8)
