@@ -18,7 +18,7 @@ from .config import LoadedConfig
 from .deltas import Delta, Job, TokenLogprob
 from .engine import SamplingParams
 from .errors import PolyheadError
-from .llm import LLM, Wanted
+from .llm import LLM
 from .loop_thread import CLOSED, LoopThread
 from .prompts import Prompt, is_one
 
@@ -134,11 +134,11 @@ class AsyncLLM:
         """
         llm, thread = await self._opened()
 
-        def take_in() -> tuple[list[Wanted], bool]:
-            return llm._wanted(prompts, params, priority), is_one(prompts)
+        def take_in() -> tuple[list[Job], bool]:
+            return llm._prepare(prompts, params, priority), is_one(prompts)
 
-        wanted, one = await asyncio.to_thread(take_in)
-        call = Call(wanted, each_delta=False)
+        prepared, one = await asyncio.to_thread(take_in)
+        call = Call(prepared, each_delta=False)
         try:
             thread.submit(call)
             jobs = await call.until_ended()
@@ -154,7 +154,7 @@ class AsyncLLM:
         Raises as :meth:`LLM.stream`, but at the first iteration; nothing happens before that. :meth:`AsyncStream.start`
         takes the prompt in without waiting for the first delta.
         """
-        return AsyncStream(self, lambda llm: llm._wanted_of_stream(prompt, params, priority))
+        return AsyncStream(self, lambda llm: llm._prepare_stream(prompt, params, priority))
 
     async def chat(
         self,
@@ -175,7 +175,7 @@ class AsyncLLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> AsyncStream:
         """As :meth:`chat`, yielding what each step adds. Raises as :meth:`stream`, and TemplateError."""
-        return AsyncStream(self, lambda llm: llm._wanted_of_stream(llm.chat_prompt(messages, tools=tools), params, 0))
+        return AsyncStream(self, lambda llm: llm._prepare_stream(llm.chat_prompt(messages, tools=tools), params, 0))
 
     async def _opened(self) -> tuple[LLM, LoopThread]:
         if self._closed:
@@ -208,7 +208,7 @@ class AsyncStream(AsyncIterator[Delta]):
     that waits for a delta is cancelled.
     """
 
-    def __init__(self, owner: AsyncLLM, take_in: Callable[[LLM], Wanted]) -> None:
+    def __init__(self, owner: AsyncLLM, take_in: Callable[[LLM], Job]) -> None:
         self._owner = owner
         self._take_in = take_in
         self._starting = asyncio.Lock()
@@ -241,9 +241,9 @@ class AsyncStream(AsyncIterator[Delta]):
             async with self._starting:
                 if self._call is None and not self._ended:
                     llm, self._thread = await self._owner._opened()
-                    wanted = await asyncio.to_thread(self._take_in, llm)
+                    job = await asyncio.to_thread(self._take_in, llm)
                     if not self._ended:  # closed by another task meanwhile
-                        self._call = Call([wanted], each_delta=True)
+                        self._call = Call([job], each_delta=True)
                         self._thread.submit(self._call)
             if self._call is not None:
                 await self._call.until_accepted()

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .deltas import Delta, Job
-    from .llm import Wanted
 
 
 class Call:
@@ -36,17 +35,15 @@ class Call:
         "jobs",
         "loop",
         "open",
-        "wanted",
     )
 
-    def __init__(self, wanted: Sequence[Wanted], *, each_delta: bool) -> None:
-        """``each_delta``: hand out every delta as it comes. Otherwise there is no news before all jobs have ended, and
-        the deltas stay with the jobs.
+    def __init__(self, jobs: Sequence[Job], *, each_delta: bool) -> None:
+        """``jobs`` are prepared and not queued. ``each_delta``: hand out every delta as it comes. Otherwise there is no
+        news before all jobs have ended, and the deltas stay with the jobs.
         """
-        self.wanted = wanted
+        self.jobs = jobs
         self.each_delta = each_delta
         self.loop = asyncio.get_running_loop()
-        self.jobs: list[Job] = []
         self.open = 0
         self.cancelled = self.accepted = self.ended = False
         self._deltas: deque[Delta] = deque()

@@ -101,7 +101,8 @@ class Generation:
         return job.id
 
     def prepare(self, prompt_ids: Sequence[int], params: SamplingParams, priority: int = 0) -> Job:
-        """A checked job that is not queued yet, for a caller who must know its id before anything can go wrong.
+        """A checked job that is not queued yet. Any thread may do this at any time, as it changes nothing here: what
+        takes long for a long prompt or a large grammar need not hold up the loop.
 
         ``priority``: lower numbers run earlier; see :class:`~polyhead.engine.Scheduler` for what a level is worth.
         """
@@ -112,9 +113,9 @@ class Generation:
         request.validate_for(self.model.decoder.vocab)
         if params.structured is not None:
             request.guide = self.guides.guide(params.structured)
-        if params.n > 1:
-            size = self._blocks.block_size
-            request.extend_keys(size, len(request.prompt_ids) // size)  # once for all samples
+        plan, length = self.model.plan, len(request.prompt_ids)
+        if length < plan.context:  # else it will be refused
+            request.extend_keys(plan.block_size, length // plan.block_size)  # once for all samples
         others = [request.another(f"{name}.{sample}", sample) for sample in range(1, params.n)]
         return Job([request, *others], self._tokenizer)
 

@@ -35,8 +35,6 @@ __all__ = ["LLM", "Completion", "Prompt", "Stream"]
 
 _MOST_CHARACTERS = 256  # in one token, for any vocabulary
 
-Wanted = tuple[Sequence[int], SamplingParams, int]  # token ids, how to sample, priority: what a job is made of
-
 
 class LLM:
     """A language model ready to run. A context manager: ``close()`` returns its memory.
@@ -135,9 +133,7 @@ class LLM:
         Raises RequestError before anything runs if any prompt is empty, too long for the context, or holds an id out
         of range.
         """
-        wanted = self._wanted(prompts, params, priority)
-        with self._engine() as generation:
-            jobs = [generation.prepare(*one) for one in wanted]
+        jobs = self._prepare(prompts, params, priority)
         try:
             with self._engine() as generation:
                 for job in jobs:
@@ -152,9 +148,8 @@ class LLM:
         Raises as :meth:`generate`, at the call and not at the first iteration; also for ``n`` above 1, as one stream
         holds one text.
         """
-        wanted = self._wanted_of_stream(prompt, params, priority)
+        job = self._prepare_stream(prompt, params, priority)
         with self._engine() as generation:
-            job = generation.prepare(*wanted)
             generation.queue(job)
             return Stream(self, job)
 
@@ -273,26 +268,23 @@ class LLM:
                     generation.step()
         return Completion.of(job, list(job.deltas))
 
-    def _wanted(
+    def _prepare(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
         priority: int | Sequence[int],
-    ) -> list[Wanted]:
+    ) -> list[Job]:
+        """Checked jobs that nobody has queued. What takes long is done here, while others have their turns."""
+        generation = self._open()
         each = with_params(as_prompts(prompts), self.default_params if params is None else params, priority)
-        return [self._wanted_of(*one) for one in each]
+        return [generation.prepare(self.encode(prompt), how, rank) for prompt, how, rank in each]
 
-    def _wanted_of_stream(self, prompt: Prompt, params: SamplingParams | None, priority: int) -> Wanted:
+    def _prepare_stream(self, prompt: Prompt, params: SamplingParams | None, priority: int) -> Job:
+        generation = self._open()
         ((_, how, rank),) = with_params([prompt], self.default_params if params is None else params, [priority])
         if how.n > 1:
             raise RequestError(f"a stream has one sample, n is {how.n}: start a stream for each, or use generate")
-        return self._wanted_of(prompt, how, rank)
-
-    def _wanted_of(self, prompt: Prompt, params: SamplingParams, priority: int) -> Wanted:
-        """What takes long to take in is done here, while others have their turns."""
-        if params.structured is not None:
-            self._open().guides.guide(params.structured)  # kept for the requests to come
-        return self.encode(prompt), params, priority
+        return generation.prepare(self.encode(prompt), how, rank)
 
     def encode(self, prompt: Prompt) -> Sequence[int]:
         """The token ids of a prompt as :meth:`generate` takes it: strings of control tokens count as such, and BOS is

@@ -124,11 +124,6 @@ class LoopThread:
         self._wake()
 
     def _start(self, generation: Generation, call: Call) -> None:
-        try:
-            call.jobs = [generation.prepare(*one) for one in call.wanted]
-        except Exception as error:  # of the call's own values: nothing is shared yet
-            self._refuse(generation, call, error)
-            return
         call.open = len(call.jobs)
         try:
             for job in call.jobs:

@@ -140,12 +140,10 @@ class OfflineRun:
                     "messages" if asked.endpoint == "chat" else "prompt",
                     "context_length_exceeded",
                 )
-        active = _Active(line, asked)
+        active = _Active(line, asked, llm._prepare(prompts, asked.params, asked.priority))
         with self._own.turn() as generation:
             try:
-                for ids in prompts:
-                    job = generation.prepare(ids, asked.params, asked.priority)
-                    active.jobs.append(job)
+                for job in active.jobs:
                     self._own.queue(generation, job)
             except BaseException:
                 self._own.abort(generation, (job.id for job in active.jobs))
