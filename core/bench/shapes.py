@@ -37,7 +37,7 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("llama-8b", "llama", 32, 4096, 32, 8, 128, 14336, 128256, 8192),
+        Shape("llama-8b", "llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072),
         Shape("llama-1b", "llama", 16, 2048, 32, 8, 64, 8192, 128256, 131072, tied=True),
         Shape("smollm2-135m", "llama", 30, 576, 9, 3, 64, 1536, 49152, 8192, tied=True, rope_theta=100000.0),
         Shape("gpt2-xl", "gpt2", 48, 1600, 25, 25, 64, 6400, 50257, 1024, tied=True),
