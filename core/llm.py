@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from .config.schema import SpeculationConfig
+    from .config import RuntimeConfig
     from .runtime.memory import MemoryPlan
     from .tokenizer import Tokenizer
 
@@ -91,7 +91,7 @@ class LLM:
                 HostMasks.around(runtime),
                 self.tokenizer,
                 prefix_cache=config.runtime.prefix_cache,
-                speculation=_speculation(config.runtime.speculation),
+                speculation=speculation_of(config.runtime),
             )
         except BaseException:
             self.model.close()
@@ -316,7 +316,7 @@ class LLM:
         return self._generation
 
 
-def _speculation(config: SpeculationConfig | None) -> Speculation | None:
-    if config is None:
-        return None
-    return Speculation(NgramDrafter(config.max_tokens, config.ngram_max, config.ngram_min))
+def speculation_of(config: RuntimeConfig) -> Speculation | None:
+    """How the runtime's part of a configuration wants tokens guessed, if it does."""
+    how = config.speculation
+    return None if how is None else Speculation(NgramDrafter(how.max_tokens, how.ngram_max, how.ngram_min))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..engine import SamplingParams
+from ..engine import SamplingParams, Speculation
 from ..errors import RequestError
 from ..generation import Generation
 from ..runtime.contract import LoadedModel
@@ -41,7 +41,8 @@ class Served:
     """What came of a run. Lists of seconds are unsorted.
 
     ``first``: from a request's arrival to its first token. ``gaps``: between two tokens of one request, of all
-    requests. ``whole``: from arrival to the last token. ``cached_tokens`` of the prompts were found in the KV cache.
+    requests. ``whole``: from arrival to the last token. ``cached_tokens`` of the prompts were found in the KV cache;
+    ``drafted_tokens`` were guessed, and ``accepted_tokens`` of these right.
     ``waited``: no request was there. ``host`` is the loop's own work in each step, without handing over and waiting.
     """
 
@@ -51,6 +52,8 @@ class Served:
     input_tokens: int
     output_tokens: int
     cached_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
     preemptions: int
     waited: float
     first: tuple[float, ...]
@@ -107,6 +110,7 @@ def serve(
     *,
     rate: float | None = None,
     prefix_cache: bool = True,
+    speculation: Speculation | None = None,
     tick: Callable[[int, int, str], None] = lambda done, total, remark: None,
 ) -> Served:
     """Runs all requests, greedily and past any end token, each no sooner than it arrives.
@@ -120,21 +124,21 @@ def serve(
             f"the longest request has {longest:,} tokens; this model was loaded with a context of "
             f"{model.plan.context:,}"
         )
-    return _Serving(model, tokenizer, planned, rate, prefix_cache, tick).run()
+    watched = Watched(model)
+    generation = Generation(watched, tokenizer, prefix_cache=prefix_cache, speculation=speculation)
+    return _Serving(watched, generation, planned, rate, tick).run()
 
 
 class _Serving:
     def __init__(
         self,
-        model: LoadedModel,
-        tokenizer: Tokenizer | None,
+        watched: Watched,
+        generation: Generation,
         planned: Sequence[Planned],
         rate: float | None,
-        prefix_cache: bool,
         tick: Callable[[int, int, str], None],
     ) -> None:
-        self.watched = Watched(model)
-        self.generation = Generation(self.watched, tokenizer, prefix_cache=prefix_cache)
+        self.watched, self.generation = watched, generation
         self.planned, self.rate, self.tick = planned, rate, tick
         self.coming = deque(planned)
         self.jobs: dict[str, tuple[Job, float]] = {}  # with the time of arrival
@@ -145,6 +149,7 @@ class _Serving:
         self.host: list[float] = []
         self.moments: list[Moment] = []
         self.output_tokens = self.cached_tokens = self.preemptions = 0
+        self.drafted_tokens = self.accepted_tokens = 0
         self.waited = 0.0
         self.start = 0.0
 
@@ -179,6 +184,8 @@ class _Serving:
             input_tokens=sum(len(each.prompt) for each in self.planned),
             output_tokens=self.output_tokens,
             cached_tokens=self.cached_tokens,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
             preemptions=self.preemptions,
             waited=self.waited,
             first=tuple(self.first),
@@ -225,6 +232,8 @@ class _Serving:
                 self.whole.append(now - arrival)
                 self.cached_tokens += job.cached_tokens
                 self.preemptions += sum(request.num_preemptions for request in job.requests)
+                self.drafted_tokens += sum(request.num_drafted for request in job.requests)
+                self.accepted_tokens += sum(request.num_accepted for request in job.requests)
                 del self.jobs[job.id]
                 self.tick(len(self.whole), len(self.planned), "requests")
                 break

@@ -85,6 +85,8 @@ class Outcome:
             "kv_usage_max": run.kv_max,
             "preemptions": run.preemptions,
             "cached_tokens": run.cached_tokens,
+            "drafted_tokens": run.drafted_tokens,
+            "accepted_tokens": run.accepted_tokens,
             "seconds_without_requests": run.waited,
             "device_idle_between_steps": {"at_least": low, "at_most": high},
             "steps_handed_over_late": run.notes.late,
@@ -158,6 +160,13 @@ class Outcome:
         rows.append([
             f"{each['cached_tokens']:,} ({100 * each['cached_tokens'] / each['input_tokens']:.0f} %)" for each in found
         ])  # fmt: skip
+        if any(run.drafted_tokens for run in self.runs):
+            names += ["guessed tokens that were right"]
+            rows.append([
+                f"{run.accepted_tokens:,} of {run.drafted_tokens:,} "
+                f"({100 * run.accepted_tokens / max(1, run.drafted_tokens):.0f} %)"
+                for run in self.runs
+            ])  # fmt: skip
         names += ["device idle between steps, at least / at most", "steps handed over late", "host µs a step"]
         rows.append([
             f"{100 * each['device_idle_between_steps']['at_least']:.1f} % / "

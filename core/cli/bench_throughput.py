@@ -16,6 +16,7 @@ from .options import settings
 if TYPE_CHECKING:
     from ..bench.requests import Load
     from ..bench.serving import Served
+    from ..config import RuntimeConfig
     from .subject import Subject
 
 Number = TypeVar("Number", int, float)
@@ -103,6 +104,10 @@ def command(
         load = Load(count, Span.of(inputs, "--input"), Span.of(outputs, "--output"), seed, shared, rates, warm_up)
     loaded = load_settings(console, source if source is not None else "shape.gguf", overrides)
     runtime = loaded.config.runtime
+    if cases and runtime.speculation is not None:
+        console.note(
+            "polyhead: static batches are measured without runtime.speculation: every step is a token for each"
+        )
     tests = [case.needs(runtime.max_tokens_per_step, runtime.block_size) for case in cases]
     if load is not None:
         load.check()
@@ -121,7 +126,7 @@ def command(
                     subject.runtime, subject.tokenizer, cases,
                     repeats=repetitions, prefix_cache=runtime.prefix_cache, tick=tick,
                 )  # fmt: skip
-                runs = [] if load is None else _serve(subject, load, runtime.prefix_cache, tick)
+                runs = [] if load is None else _serve(subject, load, runtime, tick)
         # Afterwards, so that its arrays do not stand beside the model's.
         limits = limits or measure_limits(subject.device)
         found.append(Outcome(subject, statics, load, runs, limits))
@@ -134,20 +139,22 @@ def command(
         console.json([outcome.as_dict() for outcome in found] if quant is not None else found[0].as_dict())
 
 
-def _serve(subject: Subject, load: Load, prefix_cache: bool, tick: Callable[[int, int, str], None]) -> list[Served]:
+def _serve(subject: Subject, load: Load, runtime: RuntimeConfig, tick: Callable[[int, int, str], None]) -> list[Served]:
     """A run for each rate, or one of all requests at once; that is also the one that is not counted."""
     from ..bench.serving import serve
+    from ..llm import speculation_of
 
     vocab = subject.runtime.decoder.vocab
-    if load.warm_up:
-        serve(subject.runtime, subject.tokenizer, load.planned(vocab), prefix_cache=prefix_cache, tick=tick)
-    return [
-        serve(
+
+    def run(rate: float | None) -> Served:
+        return serve(
             subject.runtime, subject.tokenizer, load.planned(vocab, rate),
-            rate=rate, prefix_cache=prefix_cache, tick=tick,
-        )
-        for rate in load.rates or (None,)
-    ]  # fmt: skip
+            rate=rate, prefix_cache=runtime.prefix_cache, speculation=speculation_of(runtime), tick=tick,
+        )  # fmt: skip
+
+    if load.warm_up:
+        run(None)
+    return [run(rate) for rate in load.rates or (None,)]
 
 
 def _numbers(text: str, option: str, kind: Callable[[str], Number]) -> list[Number]:

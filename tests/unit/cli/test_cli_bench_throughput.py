@@ -246,6 +246,19 @@ def test_json_has_static_batches_and_runs(invoke: Invoke, llama: str) -> None:
     assert found["load"]["inputs"] == {"low": 3, "high": 9}
 
 
+def test_guesses_take_part_where_requests_are_served_and_are_reported(invoke: Invoke, llama: str) -> None:
+    spec = ("--set", "runtime.speculation={max_tokens: 3, ngram_max: 1, ngram_min: 1}")
+    load = ("--requests", "6", "--input", "4:20", "--output", "20:40", "--device", "cpu")
+    args = ("bench", "throughput", llama, *load, "-b", "2", "-p", "8", "-n", "4", "-r", "1")
+    (plain,), (run,) = (json.loads(invoke(*args, "-o", "json", *more).stdout)["runs"] for more in ((), spec))
+    assert plain["drafted_tokens"] == 0
+    assert run["drafted_tokens"] >= run["accepted_tokens"] > 0
+    assert run["output_tokens"] == plain["output_tokens"]
+    told = invoke(*args, *spec)
+    assert "guessed tokens that were right" in told.stdout
+    assert "measured without runtime.speculation" in told.stderr
+
+
 def test_markdown_has_a_row_for_every_batch_and_a_column_for_every_run(invoke: Invoke, llama: str) -> None:
     args = ("--requests", "5", "--input", "4", "--output", "3:5", "--no-warm-up", "-b", "1,2", "-p", "4", "-n", "3")
     result = invoke("bench", "throughput", llama, *args, "-r", "1", *CPU)
