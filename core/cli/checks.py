@@ -22,6 +22,7 @@ EXTRAS = {
     "cu13": "running on NVIDIA GPUs with a driver for CUDA 13",
     "cu12": "running on NVIDIA GPUs with an older driver, for CUDA 12",
     "hub": "fetching models from the Hugging Face hub (hf://…)",
+    "structured": "outputs in a form that is asked for: JSON schema, regular expression, choice, grammar",
     "testing": "checking a plugin of your own (polyhead.testing)",
     "docs": "pictures of polyhead bench throughput (--plot)",
 }
