@@ -52,7 +52,8 @@ class Scheduler:
     those that come without guesses.
 
     **Log-probabilities of prompts.** A row of logits is wanted for each such token. There are ``max_logit_rows`` in a
-    step, and every running request can have one of them, so such a prompt is taken in smaller chunks.
+    step, and every running request can have one of them, so such a prompt is taken in smaller chunks. Nobody waits for
+    the blocks that it computes so slowly.
     """
 
     def __init__(
