@@ -133,13 +133,16 @@ class Generation:
 
     def abort(self, job_id: str) -> None:
         """Ends a job and forgets it; its blocks are free at once. Unknown ids are ignored."""
-        job = self._jobs.pop(job_id, None)
+        job = self._jobs.get(job_id)
         if job is not None:
             try:
                 self._end(job)
             except BaseException:
                 self._repair()
+                self._end(job)  # an interrupt only puts it off
                 raise
+            finally:
+                self._jobs.pop(job_id, None)
 
     def take(self, job_id: str) -> Delta | None:
         """The next delta of a job, or None if it needs another step.

@@ -155,8 +155,9 @@ class LLM:
         wanted = self._wanted_of_stream(prompt, params, priority)
         with self._engine() as generation:
             job = generation.prepare(*wanted)
+            stream = Stream(self, job)  # before it is queued: where an interrupt loses the stream, its job is dropped
             generation.queue(job)
-            return Stream(self, job)
+            return stream
 
     def chat(
         self,
