@@ -134,13 +134,16 @@ class Generation:
 
     def abort(self, job_id: str) -> None:
         """Ends a job and forgets it; its blocks are free at once. Unknown ids are ignored."""
-        job = self._jobs.pop(job_id, None)
+        job = self._jobs.get(job_id)
         if job is not None:
             try:
                 self._end(job)
             except BaseException:
                 self._repair()
+                self._end(job)  # an interrupt only puts it off
                 raise
+            finally:
+                self._jobs.pop(job_id, None)
 
     def take(self, job_id: str) -> Delta | None:
         """The next delta of a job, or None if it needs another step.
@@ -278,7 +281,7 @@ class Generation:
         else:
             batch = self._batches.of(step)
             pending = self.model.submit(batch, rows_of(step))
-        if self.model.runs_ahead and can_foresee(step) and not self._scheduler.guesses:
+        if self.model.runs_ahead and can_foresee(step) and not self._scheduler.may_guess(step):
             self._ahead = Ahead.submit(self.model, step, batch or self._batches.of(step), pending)
         return pending.result()
 

@@ -150,8 +150,9 @@ class LLM:
         """
         job = self._prepare_stream(prompt, params, priority)
         with self._engine() as generation:
+            stream = Stream(self, job)  # before it is queued: where an interrupt loses the stream, its job is dropped
             generation.queue(job)
-            return Stream(self, job)
+            return stream
 
     def chat(
         self,

@@ -193,9 +193,10 @@ def record(llm: LLM, job: Job) -> dict[str, Any]:
 
 
 def _logprob(llm: LLM, item: TokenLogprob) -> dict[str, Any]:
+    known = item.token_id < llm.tokenizer.vocab_size  # rows that only pad the embedding have no name
     return {
         "token_id": item.token_id,
-        "token": llm.tokenizer.token(item.token_id),
+        "token": llm.tokenizer.token(item.token_id) if known else None,
         "logprob": item.logprob if math.isfinite(item.logprob) else None,
         "top": [[token, value] for token, value in item.top],
     }

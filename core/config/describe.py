@@ -37,6 +37,12 @@ def section_of(info: FieldInfo) -> type[BaseModel] | None:
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
+def section_in(info: FieldInfo) -> type[BaseModel] | None:
+    """The section that a field holds, or may hold beside null."""
+    kinds = get_args(info.annotation) if get_origin(info.annotation) in (Union, types.UnionType) else (info.annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
 def field_at(path: Sequence[object]) -> FieldInfo | None:
     """The field of a dotted key's parts; of what lies inside a value, the field of that value."""
     model: type[BaseModel] | None = RunConfig
@@ -47,7 +53,7 @@ def field_at(path: Sequence[object]) -> FieldInfo | None:
         info = model.model_fields.get(str(part))
         if info is None:
             return None
-        model = section_of(info)
+        model = section_in(info)
     return info
 
 
@@ -70,7 +76,7 @@ def allowed(info: FieldInfo, inside: bool = False) -> str:
     """What a field takes, in words: ``a whole number from 1 to 1024``; ``inside``: what an item of its value may be."""
     section = section_of(info)
     if section is not None:
-        return "a mapping with some of the keys " + ", ".join(section.model_fields)
+        return _type_words(section, [])
     args = get_args(info.annotation)
     if inside and get_origin(info.annotation) in (tuple, dict):
         return _type_words(args[0] if get_origin(info.annotation) is tuple else args[1], [])
@@ -91,6 +97,8 @@ def _type_words(kind: Any, metadata: Iterable[Any]) -> str:
         return f"a list{most}, each item {_type_words(args[0], [])}"
     if origin is dict:
         return f"a mapping from {_type_words(args[0], [])} to {_type_words(args[1], [])}"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return "a mapping with some of the keys " + ", ".join(kind.model_fields)
     if kind is str:
         return "text that is not empty" if any(isinstance(m, MinLen) for m in metadata) else "text"
     if kind is bool:
@@ -125,7 +133,7 @@ def unknown_key(path: Sequence[str]) -> str:
     section: type[BaseModel] | None = RunConfig
     if parent:
         info = field_at(parent)
-        section = section_of(info) if info else None
+        section = section_in(info) if info else None
     here = list(section.model_fields) if section else []
     elsewhere = [key for key, _ in fields() if key.rpartition(".")[2] == name]
     hint = f" (did you mean {elsewhere[0]!r}?)" if elsewhere else did_you_mean(name, here)

@@ -88,7 +88,9 @@ def from_overrides(overrides: Sequence[str]) -> tuple[list[Node], Problems]:
         if not equals or not all(re.fullmatch(r"[A-Za-z0-9_]+", part) for part in path):
             problems.append(("command line", f"{override!r} is not KEY=VALUE, as in runtime.context=2048"))
         elif field_at(path) is None:
-            problems.append(("command line", f"{key.strip()}: {unknown_key(path)}"))
+            end = next(end for end in range(1, len(path) + 1) if field_at(path[:end]) is None)
+            path = path[:end] if end > 1 else path  # of a wrong section the whole key is the better hint
+            problems.append(("command line", f"{'.'.join(path)}: {unknown_key(path)}"))
         else:
             _add(path, text, "command line", trees, problems)
     return trees, problems

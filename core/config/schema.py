@@ -114,10 +114,10 @@ def _shorthand(value: Any) -> Any:
 
 
 def _method(value: Any) -> Any:
-    if isinstance(value, str):
-        if value != "ngram":
-            raise ValueError("is not a way to guess tokens; expected ngram, a mapping with method, or null")
+    if value == "ngram":
         return {"method": value}
+    if value is not None and not isinstance(value, Mapping | SpeculationConfig):
+        raise ValueError("is not a way to guess tokens; expected ngram, a mapping with method, or null")
     return value
 
 

@@ -29,7 +29,9 @@ def _structured(value: Any) -> Any:
     try:
         StructuredOutputs.of(value)
     except RequestError as error:
-        raise ValueError(str(error).removeprefix("structured_outputs").lstrip(". ")) from None
+        message = str(error).removeprefix("structured_outputs").lstrip(". ")
+        quote = " must be a string, got " in message
+        raise ValueError(message + (" (quote what looks like a number or a yes/no)" if quote else "")) from None
     return value
 
 

@@ -43,7 +43,7 @@ class Admission:
         full = running >= self._max_sequences or manager.free_blocks <= running
         if full and running and roster.last.rank < head.rank:  # nobody would make way, so the cheap answer holds
             return None
-        before = sum(self._next_chunk(request) for request in roster.prefilling if request.rank < head.rank)
+        before = self._taken_before(head)
         if before and before >= self._max_tokens - len(roster.decoding):
             return None
         reusable = 0 if head.cache_salt is None else (head.num_tokens - 1) // manager.block_size
@@ -55,16 +55,26 @@ class Admission:
             return None
         return found
 
-    def _next_chunk(self, request: Request) -> int:
-        """How many tokens of a prompt the next step takes at most; a row of logits for each token is a limit too."""
-        left = request.num_tokens - request.num_cached_tokens
-        return min(left, self._max_rows) if request.num_scored < len(request.prompt_ids) else left
-
-    def _under_way(self, key: bytes, head: Request) -> bool:
-        """Whether a request before ``head`` is about to compute the block of this key."""
-        size = self._roster.blocks.block_size
+    def _taken_before(self, head: Request) -> int:
+        """How many tokens of the prompts before ``head`` the next step takes at most. Those that are scored take a row
+        of logits each, of which there are so many for all prompts together.
+        """
+        tokens = rows = 0
         for request in self._roster.prefilling:
             if request.rank < head.rank:
+                left = request.num_tokens - request.num_cached_tokens
+                scores = min(left, _unscored(request))
+                tokens += left - scores
+                rows += scores
+        return tokens + min(rows, self._max_rows)
+
+    def _under_way(self, key: bytes, head: Request) -> bool:
+        """Whether a request before ``head`` is about to compute the block of this key. One that is scored for many
+        steps to come is not waited for: it would hold up all that wait behind the head.
+        """
+        size = self._roster.blocks.block_size
+        for request in self._roster.prefilling:
+            if request.rank < head.rank and _unscored(request) <= self._max_rows:
                 request.extend_keys(size, request.num_tokens // size)
                 if key in request.block_keys[request.num_published : request.num_published + 1]:
                     return True
@@ -85,3 +95,8 @@ class Admission:
         while not self._fits(head, found):
             roster.preempt(roster.last)
         return True
+
+
+def _unscored(request: Request) -> int:
+    """How many tokens of its prompt are to be scored yet."""
+    return len(request.prompt_ids) - request.num_scored

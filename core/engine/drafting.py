@@ -6,27 +6,27 @@ Knows nothing of the model: a guess costs a little of a step where it is wrong, 
 from __future__ import annotations
 
 import sys
-from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from ..errors import ConfigError
 
 MAX_DRAFT = 32
 _LONGEST_PAUSE = 16
-_WIDTH = 4  # bytes of a token in Lookup.data
+_CHARACTERS = sys.maxunicode + 1
 
 
 @dataclass(slots=True)
 class Lookup:
-    """What a drafter keeps of one request: its tokens as int32, and how its guesses went lately.
+    """What a drafter keeps of one request: its tokens, and how its guesses went lately.
 
+    ``text`` has a character for each token, at most four bytes, because Python searches no other sequence as fast. Ids
+    beyond the last character share one with others, which can only make a guess a wrong one.
     ``length`` is the most tokens worth guessing now; None: not tried yet. After guesses of which none was right it
     rests for ``pause`` tokens, twice as many each time.
     """
 
-    data: bytearray = field(default_factory=bytearray)
+    text: str = ""
     length: int | None = None
     pause: int = 0
     rests: int = 0
@@ -70,17 +70,15 @@ class NgramDrafter:
         if lookup.rests > 0:
             lookup.rests -= 1
             return ()
-        known = len(lookup.data) // _WIDTH
-        _append(lookup.data, request.tokens(known, request.num_tokens))
+        lookup.text += "".join([chr(t % _CHARACTERS) for t in request.tokens(len(lookup.text), request.num_tokens)])
         most = min(most, self.max_tokens if lookup.length is None else lookup.length)
-        at = self._find(lookup.data) if most > 0 else -1
+        at = self._find(lookup.text) if most > 0 else -1
         if at < 0:
             return ()
-        follows = array("i")
-        follows.frombytes(bytes(lookup.data[_WIDTH * at : _WIDTH * (at + most)]))
-        guess = follows.tolist()
+        guess = request.tokens(at, min(at + most, request.num_tokens))
+        period = len(guess)
         while len(guess) < most:  # it reached the end: what it guessed so far is what comes there
-            guess.append(guess[len(guess) - len(follows)])
+            guess.append(guess[len(guess) - period])
         return tuple(guess)
 
     def learn(self, request: Drafted, drafted: int, accepted: int) -> None:
@@ -96,25 +94,11 @@ class NgramDrafter:
             lookup.pause = 0
             lookup.length = min(self.max_tokens, 2 * drafted if accepted == drafted else max(1, accepted + 1))
 
-    def _find(self, data: bytearray) -> int:
+    def _find(self, text: str) -> int:
         """The number of the token after the latest earlier place of the longest ending that occurs, or -1."""
-        end = len(data)
-        for size in range(self.ngram_max, self.ngram_min - 1, -1):
-            width = _WIDTH * size
-            if width >= end:
-                continue
-            ending = bytes(data[end - width :])
-            at = data.rfind(ending, 0, end - _WIDTH)
-            while at >= 0 and at % _WIDTH:  # bytes of two neighbours
-                at = data.rfind(ending, 0, at + width - 1)
+        end = len(text)
+        for size in range(min(self.ngram_max, end - 1), self.ngram_min - 1, -1):
+            at = text.rfind(text[end - size :], 0, end - 1)
             if at >= 0:
-                return (at + width) // _WIDTH
+                return at + size
         return -1
-
-
-def _append(data: bytearray, tokens: Sequence[int]) -> None:
-    # One token at a time is the rule; for it this is the fastest way.
-    if len(tokens) == 1:
-        data += tokens[0].to_bytes(_WIDTH, sys.byteorder, signed=True)
-    else:
-        data += array("i", tokens).tobytes()

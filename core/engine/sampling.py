@@ -52,7 +52,7 @@ class SamplingParams:
     logprobs: None, or 0 to 20: report the log-probability of each token and of so many of the most likely. They come
         from the model's own logits, before any of the above.
     prompt_logprobs: None, or 0 to 20: the same for each token of the prompt but the first. The prompt is then computed
-        whole, whatever of it is in the cache.
+        whole, whatever of it is in the cache; a long one once more for the other samples, if there are any.
     n: 1 to 128; so many samples of the prompt, which is computed once. Sample i has the seed
         ``(seed + i * 0x9E3779B97F4A7C15) mod 2**64``, so sample 0 is what n = 1 gives; greedy samples are alike.
     structured_outputs: None, or the form that the text must have: a StructuredOutputs, or a mapping with one of its

@@ -52,7 +52,8 @@ class Scheduler:
     those that come without guesses.
 
     **Log-probabilities of prompts.** A row of logits is wanted for each such token. There are ``max_logit_rows`` in a
-    step, and every running request can have one of them, so such a prompt is taken in smaller chunks.
+    step, and every running request can have one of them, so such a prompt is taken in smaller chunks. Nobody waits for
+    the blocks that it computes so slowly.
     """
 
     def __init__(
@@ -179,10 +180,9 @@ class Scheduler:
         self._step = ScheduledStep.of(decoding, pieces, drafts)
         return self._step
 
-    @property
-    def guesses(self) -> bool:
-        """Whether the next step may hold guesses, so that it cannot be foreseen."""
-        return self.speculation is not None and len(self._roster.decoding) < self.speculation.max_rows
+    def may_guess(self, step: ScheduledStep) -> bool:
+        """Whether the step after this one may hold guesses, so that it cannot be foreseen."""
+        return self.speculation is not None and not self.speculation.rests(step.requests)
 
     def postprocess(self, step: ScheduledStep, sampled: Sequence[int]) -> list[Request]:
         """Records that the step was computed and which token ids were sampled, one for each of ``step.choices()``.

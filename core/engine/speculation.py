@@ -5,7 +5,10 @@ Knows nothing of how guesses are made (drafting.py) or how choices are recorded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .drafting import NgramDrafter
+from .request import Request
 from .roster import Roster
 from .step import Draft
 
@@ -22,6 +25,12 @@ class Speculation:
     def __init__(self, drafter: NgramDrafter, max_rows: int = MAX_ROWS) -> None:
         self.drafter = drafter
         self.max_rows = max_rows
+
+    def rests(self, requests: Sequence[Request]) -> bool:
+        """Whether none of these will get guesses in the next step, if each decodes one token in this one."""
+        if len(requests) >= self.max_rows:
+            return True
+        return all(request.lookup is not None and request.lookup.rests > 0 for request in requests)
 
     def drafts(self, roster: Roster, rows: int) -> list[Draft]:
         """Guesses for a step in which decoding requests may have so many rows and tokens altogether.

@@ -147,9 +147,10 @@ def scored_chunk(request: Request, most: int, rows: int) -> tuple[int, int]:
     The request's own row serves a score where the chunk does not end in a choice; so one token always fits.
     """
     start = request.num_cached_tokens
-    for chunk in range(most, 0, -1):
+    # All of it, or up to its choice, or as many tokens as there are rows: the last needs no search.
+    for chunk in (most, most - 1, max(start + 1, request.num_scored) + rows - start):
         own = start + chunk < request.num_tokens
         scores = len(request.unscored(start, start + chunk))
-        if scores <= rows + own:
+        if 0 < chunk <= most and scores <= rows + own:
             return chunk, max(0, scores - own)
     raise RuntimeError(f"{request!r} has no row of its own")

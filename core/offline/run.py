@@ -181,16 +181,20 @@ class OfflineRun:
         line, asked, jobs = active.line, active.asked, active.jobs
         completions = [Completion.of(job, list(job.deltas)) for job in jobs]
         self._drop([job.id for job in jobs])
-        body = answer(
-            asked,
-            completions,
-            self._llm.tokenizer,
-            answer_id=line.id,
-            model=self._llm.model.name,
-            created=int(time.time()),
-            fingerprint=self._fingerprint,
-            stop_ids=jobs[0].requests[0].stop_ids,
-        )
+        try:
+            body = answer(
+                asked,
+                completions,
+                self._llm.tokenizer,
+                answer_id=line.id,
+                model=self._llm.model.name,
+                created=int(time.time()),
+                fingerprint=self._fingerprint,
+                stop_ids=jobs[0].requests[0].stop_ids,
+            )
+        except Exception as error:  # it would end every later run as well
+            self._refuse(line, error)
+            return
         self._write(line, 200, body)
         self.tally.answered += 1
         self.tally.prompt_tokens += body["usage"]["prompt_tokens"]

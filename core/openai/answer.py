@@ -76,7 +76,9 @@ def _echo(asked: Asked, place: int, tokenizer: Tokenizer) -> str:
     if not asked.echo:
         return ""
     prompt = asked.prompts[place]
-    return prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+    if isinstance(prompt, str):
+        return prompt
+    return tokenizer.decode([token_id for token_id in prompt if token_id < tokenizer.vocab_size])  # others have no text
 
 
 def _spoken(sample: Completion, stop_ids: Collection[int]) -> Sequence[TokenLogprob] | None:

@@ -277,7 +277,11 @@ def test_all_mistakes_of_a_file_are_told_together_in_order(tmp_path: Path) -> No
             "{regexp: a}",
             "3:23: sampling.structured_outputs: has the key 'regexp'; known are json, regex, choice, grammar",
         ),
-        ("{choice: [a, 1]}", "3:23: sampling.structured_outputs: choice[1] must be a string, got 1"),
+        (
+            "{choice: [a, no]}",
+            "3:23: sampling.structured_outputs: choice[1] must be a string, got False (quote what looks like a number "
+            "or a yes/no)",
+        ),
         ("{json: '[1'}", "3:23: sampling.structured_outputs: json is not JSON: Expecting ',' delimiter"),
     ],
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from copy import deepcopy
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,7 +42,7 @@ def test_a_repetition_is_guessed_to_go_on():
 
 
 @given(
-    tokens=st.lists(st.sampled_from([0, 1, 256, 65536, 2**24, 2**31 - 1, 257, 16777217]), min_size=1, max_size=40),
+    tokens=st.lists(st.sampled_from([0, 1, 256, 257, 65536, 65537, 0xD800, 0x10FFFF]), min_size=1, max_size=40),
     cuts=st.lists(st.integers(1, 39), max_size=4),
     most=st.integers(1, 8),
 )
@@ -63,6 +66,26 @@ def test_it_is_a_plain_search_whose_memory_grows_with_the_request(tokens, cuts, 
                 expected = text[end:]
                 break
         assert list(found) == expected
+
+
+def test_ids_beyond_the_last_character_are_guessed_as_they_are():
+    assert draft([2**31 - 1, 2**24, 5, 2**31 - 1, 2**24], 2) == (5, 2**31 - 1)
+
+
+def test_a_long_prompt_made_to_be_slow_is_searched_as_fast_as_any():
+    # The bytes of 256 stand in a row of 65536s too, one byte further: a search for bytes stops at each.
+    request = request_of([65536] * 400_000)
+    drafter = NgramDrafter()
+    drafter.draft(request, 7)
+    before = request.lookup
+    request.output_ids += [256, 256]
+    seconds = []
+    for _ in range(5):
+        request.lookup = deepcopy(before)
+        start = time.perf_counter()
+        assert drafter.draft(request, 7) == ()
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.01
 
 
 def test_wrong_guesses_make_it_rest_and_right_ones_bolder():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import sys
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -109,6 +111,56 @@ def test_an_interrupt_at_any_line_of_the_engine_leaves_it_sound(llm, first):
         assert [each.token_ids for each in found] == [each.token_ids for each in expected]
         assert llm._generation.free_blocks == llm.plan.num_blocks
     assert interrupted > 3
+
+
+def interrupted_at(line: int, name: str, call: Callable[[], object]) -> bool:
+    """Whether Ctrl-C came at the so-manieth line of the function of this name, while it was called."""
+    left = line
+
+    def trace(frame, event, arg):
+        nonlocal left
+        if frame.f_code.co_name != name or "polyhead" not in frame.f_globals.get("__name__", ""):
+            return trace if event == "call" else None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_an_interrupt_while_a_stream_begins_leaves_no_job_behind(llm):
+    for line in itertools.count(1):
+        if not interrupted_at(line, "stream", lambda: llm.stream(PROMPT, GREEDY)):
+            break
+        gc.collect()
+        assert not llm._generation.has_work
+        assert not llm._generation._jobs
+    assert line > 3
+
+
+def test_an_abort_that_is_interrupted_is_made_all_the_same_or_can_be_made_again(llm):
+    generation = llm._generation
+    for line in itertools.count(1):
+        job = generation.prepare(PROMPT, GREEDY)
+        generation.queue(job)
+        generation.step()
+        again = interrupted_at(line, "abort", lambda name=job.id: generation.abort(name))
+        if job.id in generation._jobs:
+            generation.abort(job.id)
+        assert generation.free_blocks == llm.plan.num_blocks
+        assert not generation.has_work
+        if not again:
+            break
+    assert line > 3
 
 
 def test_two_threads_on_one_stream_end_cleanly(llm):

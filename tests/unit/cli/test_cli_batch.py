@@ -77,6 +77,46 @@ def test_usage_counts_a_prompt_once_for_all_its_samples_and_what_was_cached(batc
     ]
 
 
+def test_a_prompt_of_rows_that_only_pad_the_embedding_is_answered(batch, monkeypatch):
+    _pad(monkeypatch, 90)
+    lines = [completion("padded", [5, 94, 6], echo=True, logprobs=1), completion("plain", [5, 6])]
+    result, answers = batch(lines)
+    assert result.exit_code == 0, result.stderr
+    (padded,) = (each["response"]["body"]["choices"][0] for each in answers if each["custom_id"] == "padded")
+    assert padded["text"].startswith("&'")
+    assert padded["logprobs"]["tokens"][:3] == ["&", "", "'"]
+
+
+def test_an_answer_that_cannot_be_written_down_is_its_line_s_trouble_alone(batch, monkeypatch):
+    from polyhead.offline import run
+
+    written = run.answer
+
+    def failing(asked, *rest, **more):
+        if asked.echo:
+            raise ValueError("no such text")
+        return written(asked, *rest, **more)
+
+    monkeypatch.setattr(run, "answer", failing)
+    result, answers = batch([completion("bad", echo=True), completion("good")])
+    assert result.exit_code == 1
+    found = {each["custom_id"]: each["response"] for each in answers}
+    assert found["good"]["status_code"] == 200
+    assert found["bad"]["status_code"] == 500
+    assert "no such text" in found["bad"]["body"]["error"]["message"]
+
+
+def _pad(monkeypatch: pytest.MonkeyPatch, known: int) -> None:
+    """Models are opened with a tokenizer that knows only the first tokens; the others only pad the embedding."""
+    opened = LLM.__init__
+
+    def init(self, *args, **more):
+        opened(self, *args, **more)
+        self.tokenizer.vocab_size = known
+
+    monkeypatch.setattr(LLM, "__init__", init)
+
+
 def test_log_probabilities_have_openai_s_two_forms(batch, chat_template):
     _, answers = batch(
         [completion("text", logprobs=2, seed=1), chat("chat", "hi", logprobs=True, top_logprobs=2, seed=1)],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from polyhead import LLM, SamplingParams
@@ -165,3 +166,21 @@ def test_speculation_changes_no_token_and_says_how_good_the_guesses_were(invoke:
     told = f"{found['accepted_tokens']} of {found['drafted_tokens']} guessed tokens were right"
     assert told in guessing.stderr
     assert "guessed" not in plain.stderr
+
+
+def test_rows_that_only_pad_the_embedding_have_no_name_in_json(
+    invoke: Invoke, llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = LLM.__init__
+
+    def init(self: LLM, *args: Any, **more: Any) -> None:
+        opened(self, *args, **more)
+        self.tokenizer.vocab_size = 90
+
+    monkeypatch.setattr(LLM, "__init__", init)
+    always = ("--set", "sampling.logit_bias={94: 100}", "--set", "sampling.logprobs=2", "-n", "3")
+    result = invoke("run", llama, *PLAIN, "-p", "the", "--json", *always)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert (found["text"], found["token_ids"]) == ("", [94] * 3)
+    assert [each["token"] for each in found["logprobs"]] == [None] * 3
