@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..completion import Completion
@@ -33,6 +34,8 @@ def answer(
     ``created`` is in seconds since 1970. ``stop_ids`` are the tokens that end a generation: they count as generated,
     but are no part of the text, and so have no log-probability here. ``prompt_tokens`` counts every prompt once.
     """
+    if asked.only_echo:
+        completions = [_without_output(completion) for completion in completions]
     chat = asked.endpoint == "chat"
     choices: list[dict[str, Any]] = []
     for place, completion in enumerate(completions):
@@ -58,6 +61,17 @@ def answer(
         "usage": usage(completions),
         "system_fingerprint": fingerprint,
     }
+
+
+def _without_output(completion: Completion) -> Completion:
+    return replace(
+        completion,
+        text="",
+        token_ids=(),
+        logprobs=None if completion.logprobs is None else (),
+        finish_reason="length",
+        samples=tuple(_without_output(sample) for sample in completion.samples),
+    )
 
 
 def usage(completions: Sequence[Completion]) -> dict[str, Any]:

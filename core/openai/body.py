@@ -46,8 +46,9 @@ _NOT_OFFERED = frozenset({
 class Asked:
     """What a body asks for, checked as far as that needs no model.
 
-    ``messages`` and ``tools`` are set for a chat, ``prompts`` (strings or lists of token ids) otherwise; ``many`` is
-    whether the body had a list of them. ``model`` is what the body says, for the caller to compare or not.
+    ``messages`` and ``tools`` are set for a chat, ``prompts`` (strings or lists of token ids) otherwise. ``model`` is
+    what the body says, for the caller to compare or not. ``only_echo``: the answer is the prompt alone, with its
+    log-probabilities; a token is made, because a generation has at least one, and left out.
     """
 
     endpoint: Endpoint
@@ -60,6 +61,7 @@ class Asked:
     stream: bool = False
     include_usage: bool = False
     model: str | None = None
+    only_echo: bool = False
 
 
 def read_body(endpoint: Endpoint, body: Any, defaults: SamplingParams) -> Asked:
@@ -80,6 +82,7 @@ def read_body(endpoint: Endpoint, body: Any, defaults: SamplingParams) -> Asked:
         stream=stream,
         include_usage=_include_usage(given, stream),
         model=_text(given, "model"),
+        only_echo=_only_echo(given),
     )
 
 
@@ -104,6 +107,8 @@ def _params(endpoint: Endpoint, given: Mapping[str, Any], defaults: SamplingPara
         raise BodyError("max_tokens and max_completion_tokens differ; give one of them", "max_tokens")
     for limit in limits.values():
         values["max_tokens"] = limit
+    if _only_echo(given):
+        values |= {"max_tokens": 1, "min_tokens": 0}
     if "logit_bias" in given:
         values["logit_bias"] = _logit_bias(given["logit_bias"])
     values |= _chat_logprobs(given) if endpoint == "chat" else _logprobs(given)
@@ -121,6 +126,11 @@ def _params(endpoint: Endpoint, given: Mapping[str, Any], defaults: SamplingPara
     if best_of is not None and best_of != params.n:
         raise BodyError(f"best_of must be n ({params.n}) or absent: samples are not ranked", "best_of")
     return params
+
+
+def _only_echo(given: Mapping[str, Any]) -> bool:
+    limit = given.get("max_tokens")
+    return isinstance(limit, int) and not isinstance(limit, bool) and limit == 0 and given.get("echo") is True
 
 
 def _logit_bias(value: Any) -> dict[int, Any]:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from polyhead import SamplingParams
+from polyhead.engine import NgramDrafter, Speculation
 from polyhead.generation import Generation
 from polyhead.model import Model
 from polyhead.runtime.contract import RuntimeOptions
@@ -90,3 +91,20 @@ def test_a_long_generation_is_foreseen_but_for_the_first_step(parts, count):
     requests = [generation.add([5 + i] * (3 + i), SamplingParams(temperature=0.0, max_tokens=40)) for i in range(count)]
     drain(generation, requests, {})
     assert model.foreseen == 38, "of 39 decodes all but the first; new blocks are there before they are needed"
+
+
+def test_steps_are_foreseen_while_guesses_rest(parts):
+    decoder, weights = parts
+    options = RuntimeOptions(context=64, block_size=4, max_batch=8, max_tokens=40)
+    found, foreseen = [], []
+    # One token is enough to guess by, so nearly every guess is wrong, and a request soon rests for long.
+    for speculation in (None, Speculation(NgramDrafter(3, ngram_max=1, ngram_min=1))):
+        model = Ahead(decoder, memory_source.MemorySource(weights), options)
+        generation = Generation(model, None, speculation=speculation)
+        params = SamplingParams(temperature=1.0, seed=3, max_tokens=50, ignore_eos=True)
+        requests = [generation.add([*range(10 * i, 10 * i + 9)], params) for i in range(2)]
+        found.append(drain(generation, requests, {}))
+        foreseen.append(model.foreseen)
+    assert found[0] == found[1]
+    assert foreseen[0] == 48
+    assert 5 < foreseen[1] < 48

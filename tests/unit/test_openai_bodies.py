@@ -266,6 +266,21 @@ def test_an_echoed_prompt_has_log_probabilities_too_that_stand_where_its_text_do
     assert read_body("completions", asked | {"echo": False}, DEFAULTS).params.prompt_logprobs is None
 
 
+def test_max_tokens_0_with_echo_scores_the_prompt_and_nothing_else():
+    asked = {"prompt": "b", "echo": True, "logprobs": 1, "max_tokens": 0}
+    out = replace(made(b"a!"), prompt_token_ids=(1, 98), prompt_logprobs=(None, *scores((98,))))
+    body = body_of("completions", asked, out)
+    (choice,) = body["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("b", "length")
+    assert choice["logprobs"]["tokens"] == ["\x01", "b"]
+    assert body["usage"]["completion_tokens"] == 0
+    params = read_body("completions", asked, DEFAULTS).params
+    assert (params.max_tokens, params.min_tokens) == (1, 0)
+    for wrong in ({"echo": False}, {"max_tokens": -1}, {"max_tokens": False}):
+        with pytest.raises(RequestError, match="max_tokens must be an integer"):
+            read_body("completions", asked | wrong, DEFAULTS)
+
+
 def test_a_token_that_ends_nothing_keeps_its_log_probability():
     assert len(body_of("chat", HELLO, made(b"ab", "length", ()))["choices"][0]["logprobs"]["content"]) == 2
     assert body_of("chat", HELLO, made(b"ab"))["usage"]["completion_tokens"] == 3
