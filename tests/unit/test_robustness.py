@@ -6,7 +6,7 @@ import gc
 import itertools
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -15,6 +15,15 @@ from polyhead.errors import PolyheadError, RequestError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 PROMPT = [5, 17, 2]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _young_heap() -> Iterator[None]:
+    """What earlier tests left is not looked at by the many collections here; it would take ten times as long."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
