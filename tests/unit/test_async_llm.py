@@ -79,6 +79,22 @@ def test_a_stream_has_the_deltas_of_the_blocking_stream(exact, params):
     assert run(main()) == list(exact.stream("the sand", params))
 
 
+def test_a_stream_says_how_good_its_guesses_were(settings_of):
+    params = SamplingParams(temperature=0.0, max_tokens=20, logit_bias={7: 50.0}, ignore_eos=True)
+
+    async def main(blocking: LLM) -> None:
+        async with AsyncLLM(blocking) as model:
+            stream = model.stream([7] * 9, params)
+            assert (stream.drafted_tokens, stream.accepted_tokens) == (0, 0)
+            await collect(stream)
+            (expected,) = blocking.generate([[7] * 9], params)
+            assert (stream.drafted_tokens, stream.accepted_tokens) == (expected.drafted_tokens, expected.accepted_tokens)
+            assert stream.accepted_tokens > 0
+
+    with LLM(settings_of(runtime={**RUNTIME, "max_batch": 6, "speculation": {"max_tokens": 3}})) as llm:
+        run(main(llm))
+
+
 def test_without_parameters_those_of_the_configuration_hold_and_chats_go_through_the_template(settings_of, tiny_model):
     model = {"path": str(tiny_model("llama-gqa")), "chat_template": CHAT}
     settings = settings_of(model=model, sampling={"max_tokens": 3, "temperature": 0.0, "ignore_eos": True})
