@@ -27,7 +27,8 @@ __all__ = ["Delta", "Generation", "Job", "TokenLogprob"]
 
 
 class Generation:
-    """Continuous batching on one loaded model. Jobs may be added and aborted between steps. Not thread-safe.
+    """Continuous batching on one loaded model. Jobs may be added and aborted between steps. Not thread-safe, but
+    for :meth:`prepare`.
 
     The whole loop is ``while generation.has_work: for job in generation.step(): …``, where ``step`` returns the jobs
     that have new deltas or an error; :meth:`take` hands them out one by one.
