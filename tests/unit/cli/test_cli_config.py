@@ -87,8 +87,8 @@ def test_doctor_covers_what_matters_and_is_content_here(invoke: Invoke) -> None:
 
 def test_every_extra_of_the_distribution_but_dev_is_explained() -> None:
     extras = {extra for _, extra in checks.requirements() if extra is not None}
-    # server and structured are declared for what is to come; doctor tells only what this version makes use of.
-    assert extras - {"dev", "server", "structured"} == set(checks.EXTRAS)
+    # server is declared for what is to come; doctor tells only what this version makes use of.
+    assert extras - {"dev", "server"} == set(checks.EXTRAS)
 
 
 def test_a_missing_extra_gives_the_command_that_installs_it() -> None:
