@@ -217,23 +217,34 @@ class AsyncStream(AsyncIterator[Delta]):
         self._ended = False
 
     @property
+    def _job(self) -> Job | None:
+        return None if self._call is None else self._call.jobs[0]
+
+    @property
     def prompt_token_ids(self) -> tuple[int, ...]:
         """The prompt as it was taken in; empty before the stream has started."""
-        jobs = self._call.jobs if self._call is not None else ()
-        return jobs[0].prompt_ids if jobs else ()
+        return () if self._job is None else self._job.prompt_ids
 
     @property
     def cached_tokens(self) -> int:
         """How many of the prompt's tokens were found in the KV cache and not computed; 0 before the first delta."""
-        jobs = self._call.jobs if self._call is not None else ()
-        return jobs[0].cached_tokens if jobs else 0
+        return 0 if self._job is None else self._job.cached_tokens
 
     @property
     def prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
-        """As of a Completion, whole from the first delta on; None if not asked for."""
-        jobs = self._call.jobs if self._call is not None else ()
-        scores = jobs[0].prompt_logprobs if jobs else None
+        """As of a Completion, whole from the first delta on; None if not asked for, or before the stream starts."""
+        scores = None if self._job is None else self._job.prompt_logprobs
         return None if scores is None else tuple(scores)
+
+    @property
+    def drafted_tokens(self) -> int:
+        """How many tokens were guessed so far."""
+        return 0 if self._job is None else self._job.requests[0].num_drafted
+
+    @property
+    def accepted_tokens(self) -> int:
+        """How many of these were right."""
+        return 0 if self._job is None else self._job.requests[0].num_accepted
 
     async def start(self) -> None:
         """Takes the prompt in and queues it, once. Raises what is wrong with it. Iterating does this by itself."""

@@ -105,7 +105,7 @@ class Job:
 
     Sample i is ``requests[i]``; the deltas of all samples stand in one queue, in the order they came.
     ``prompt_logprobs`` has an entry for each token of the prompt that was scored so far, if that was asked for, and
-    None for the first, which follows nothing. It is whole when the first delta comes.
+    None for the first, which follows nothing. It is whole when the first delta of sample 0 comes.
     """
 
     __slots__ = ("_open", "deltas", "id", "prompt_logprobs", "requests", "texts")

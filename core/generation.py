@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,16 +18,17 @@ from .engine import BlockManager, Request, SamplingParams, ScheduledStep, Schedu
 from .errors import PolyheadError, RequestError
 from .lookahead import Ahead, can_foresee
 from .runtime.contract import Batch, LoadedModel, SampledToken
+from .structured import Guides
 
 if TYPE_CHECKING:
-    from .structured import Guides
     from .tokenizer import Tokenizer
 
 __all__ = ["Delta", "Generation", "Job", "TokenLogprob"]
 
 
 class Generation:
-    """Continuous batching on one loaded model. Jobs may be added and aborted between steps. Not thread-safe.
+    """Continuous batching on one loaded model. Jobs may be added and aborted between steps. Not thread-safe, but
+    for :meth:`prepare`.
 
     The whole loop is ``while generation.has_work: for job in generation.step(): …``, where ``step`` returns the jobs
     that have new deltas or an error; :meth:`take` hands them out one by one.
@@ -49,6 +49,8 @@ class Generation:
         self._speculation = speculation
         self._tokenizer = tokenizer
         self._prefix_cache = prefix_cache
+        # Made here and not when first needed, as several threads may need it first.
+        self._guides = None if tokenizer is None else Guides(tokenizer, model.decoder.vocab, tokenizer.stop_ids)
         self._begin()
         self._jobs: dict[str, Job] = {}
         self._texts: dict[str, tuple[Job, Detokeniser]] = {}  # by request
@@ -83,17 +85,6 @@ class Generation:
         """KV blocks whose contents may be used by requests to come."""
         return self._blocks.cached_blocks
 
-    @cached_property
-    def guides(self) -> Guides:
-        """What makes guides of the forms that texts must have. Any thread may use it at any time: to compile a form
-        takes a while, and it is kept, so do it before taking the loop. Raises RequestError without a tokenizer.
-        """
-        from .structured import Guides
-
-        if self._tokenizer is None:
-            raise RequestError("structured_outputs need a tokenizer, and this model was loaded without one")
-        return Guides(self._tokenizer, self.model.decoder.vocab, self._tokenizer.stop_ids)
-
     def add(self, prompt_ids: Sequence[int], params: SamplingParams, priority: int = 0) -> str:
         """Queues a prompt and returns its id. Raises RequestError for one that cannot be run."""
         job = self.prepare(prompt_ids, params, priority)
@@ -112,7 +103,9 @@ class Generation:
         request = Request(name, prompt_ids, params, eos_ids=eos, priority=priority, cache_salt=salt)
         request.validate_for(self.model.decoder.vocab)
         if params.structured is not None:
-            request.guide = self.guides.guide(params.structured)
+            if self._guides is None:
+                raise RequestError("structured_outputs need a tokenizer, and this model was loaded without one")
+            request.guide = self._guides.guide(params.structured)
         plan, length = self.model.plan, len(request.prompt_ids)
         if length < plan.context:  # else it will be refused
             request.extend_keys(plan.block_size, length // plan.block_size)  # once for all samples

@@ -72,6 +72,7 @@ class OfflineRun:
         self._llm, self._lines, self._output, self._fingerprint = llm, lines, output, fingerprint
         self._window = 2 * min(llm.plan.max_batch, llm.plan.max_logit_rows)
         self._active: dict[str, _Active] = {}  # by job
+        self._counted: dict[str, int] = {}  # by job, how many of its deltas are in the tally
         self._own = OwnJobs(llm)
         self._sequences = 0
         self._exhausted = False
@@ -141,15 +142,16 @@ class OfflineRun:
                     "context_length_exceeded",
                 )
         active = _Active(line, asked, llm._prepare(prompts, asked.params, asked.priority))
-        with self._own.turn() as generation:
-            try:
-                for job in active.jobs:
-                    self._own.queue(generation, job)
-            except BaseException:
-                self._own.abort(generation, (job.id for job in active.jobs))
-                raise
+        # Noted before any is queued: so an interrupt, wherever it comes, leaves none behind.
         self._active |= dict.fromkeys((job.id for job in active.jobs), active)
         self._sequences += sum(len(job.requests) for job in active.jobs)
+        try:
+            with self._own.turn() as generation:
+                for job in active.jobs:
+                    self._own.queue(generation, job)
+        except BaseException:
+            self._drop([job.id for job in active.jobs])
+            raise
 
     def _token_ids(self, asked: Asked) -> list[Sequence[int]]:
         llm = self._llm
@@ -163,11 +165,13 @@ class OfflineRun:
     def _step(self) -> None:
         with self._own.turn() as generation:
             changed = self._own.step(generation)
-        self.tally.steps_tokens += len(changed)
         for job in changed:
             active = self._active.get(job.id)
             if active is None:  # its line was answered for another of its jobs
                 continue
+            # Not one a step: it may be several, of samples or right guesses, or of steps that others made.
+            self.tally.steps_tokens += len(job.deltas) - self._counted.get(job.id, 0)
+            self._counted[job.id] = len(job.deltas)
             error = job.error
             if error is not None:
                 if not is_the_request_s(error):
@@ -220,6 +224,7 @@ class OfflineRun:
         """Forgets jobs, and ends those that have not ended."""
         with self._own.turn() as generation:
             for job_id in job_ids:
+                self._counted.pop(job_id, None)
                 active = self._active.pop(job_id, None)
                 if active is not None:
                     self._sequences -= next(len(job.requests) for job in active.jobs if job.id == job_id)

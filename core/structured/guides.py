@@ -44,6 +44,7 @@ class Guides:
     def __init__(self, tokenizer: Tokenizer, vocab: int, stop_ids: Collection[int]) -> None:
         self._tokenizer, self._vocab, self._stop_ids = tokenizer, vocab, frozenset(stop_ids)
         self._lock = threading.Lock()
+        self._missing = threading.Lock()
         self._loaded: Tokens | None = None
         self._kept: OrderedDict[StructuredOutputs, LLMatcher] = OrderedDict()
 
@@ -54,15 +55,22 @@ class Guides:
         or asks for something that would be ignored; CapacityError where there is no room to compile it.
         """
         tokens = self._tokens()  # raises where llguidance is missing
+        from .matcher import MatcherGuide
+
+        matcher = self._known(spec)
+        if matcher is None:
+            with self._missing:  # of those who come together with one form, the first compiles it for all
+                matcher = self._known(spec)
+                if matcher is None:
+                    matcher = self._compile(spec, tokens)
+        return MatcherGuide(spec, tokens, matcher.deep_copy(), partial(self._compile, spec, tokens))
+
+    def _known(self, spec: StructuredOutputs) -> LLMatcher | None:
         with self._lock:
             matcher = self._kept.get(spec)
             if matcher is not None:
                 self._kept.move_to_end(spec)
-        from .matcher import MatcherGuide
-
-        if matcher is None:
-            matcher = self._compile(spec, tokens)
-        return MatcherGuide(spec, tokens, matcher.deep_copy(), partial(self._compile, spec, tokens))
+            return matcher
 
     def _tokens(self) -> Tokens:
         with self._lock:

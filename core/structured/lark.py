@@ -2,8 +2,8 @@
 
 llguidance bounds much of its work, but not what nests through names: terminals that refer to terminals take time that
 grows with the cube of their depth, and rules take stack. So names and brackets are counted here, and names followed,
-with llguidance's own lexical rules. Refused as well is what would have no
-effect, or end a text before its grammar does.
+with llguidance's own lexical rules. Refused as well is what would have no effect, or would end a text before its
+grammar does.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 
 import pytest
 from polyhead import LLM, SamplingParams
+from polyhead.loop_thread import LoopThread
 
 LONG = SamplingParams(max_tokens=34, temperature=0.0, ignore_eos=True)
 
@@ -31,18 +31,46 @@ async def until_idle(llm: LLM) -> None:
     raise AssertionError("requests or blocks are left")
 
 
-def slowly(llm: LLM, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.005) -> list[int]:
-    """Makes every step take a while; returns the number of sequences of each step to come."""
-    sizes: list[int] = []
+class Sizes(list[int]):
+    """The number of sequences of each step. Once ``hurry`` is set, steps are as fast as they can be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hurry = threading.Event()
+
+
+def slowly(llm: LLM, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.005) -> Sizes:
+    """Makes every step take a while; returns the sizes of the steps to come."""
+    sizes = Sizes()
     submit = llm._generation.model.submit
 
     def slow(batch, rows, after=None):
-        time.sleep(seconds)
+        sizes.hurry.wait(seconds)
         sizes.append(len(batch.context_lens))
         return submit(batch, rows, after)
 
     monkeypatch.setattr(llm._generation.model, "submit", slow)
     return sizes
+
+
+def until_handed_over(llm: LLM, monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    """Holds the next step until tasks have handed over so many calls more, however long that takes them."""
+    all_there = threading.Event()
+    handed: list[object] = []
+    take, submit = LoopThread.submit, llm._generation.model.submit
+
+    def counted(thread, call):
+        take(thread, call)
+        handed.append(call)
+        if len(handed) == calls:
+            all_there.set()
+
+    def held(*args):
+        assert all_there.wait(50), f"{len(handed)} of {calls} calls came"
+        return submit(*args)
+
+    monkeypatch.setattr(LoopThread, "submit", counted)
+    monkeypatch.setattr(llm._generation.model, "submit", held)
 
 
 def loop_threads() -> list[threading.Thread]:

@@ -74,7 +74,7 @@ async def by_closing_a_stream_that_another_task_reads(model: AsyncLLM) -> None:
 
 
 async def by_closing_a_stream_that_waits_for_its_first_step(model: AsyncLLM) -> None:
-    before = [model.stream([i], LONG) for i in range(2)]  # with the neighbour as many as fit a step
+    before = [model.stream([i], LONG) for i in range(2)]  # with the neighbour, which runs, as many as fit a step
     await asyncio.gather(*map(anext, before))
     stream = model.stream(IDS, LONG)
     await stream.start()
@@ -101,13 +101,16 @@ async def by_dropping_it_before_it_has_begun(model: AsyncLLM) -> None:
 )
 def test_a_request_ends_early_after_the_step_under_way_and_neighbours_never_notice(llm, monkeypatch, end):
     expected = llm.generate([7, 7, 7], LONG)[0].token_ids
-    sizes = slowly(llm, monkeypatch)
+    sizes = slowly(llm, monkeypatch, 0.1)
 
     async def main() -> None:
         async with AsyncLLM(llm) as model:
-            neighbour = asyncio.create_task(tokens_of(model.stream([7, 7, 7], LONG)))
+            stream = model.stream([7, 7, 7], LONG)
+            await stream.start()
+            neighbour = asyncio.create_task(tokens_of(stream))
             await end(model)
             before = len(sizes)
+            sizes.hurry.set()
             assert await neighbour == expected
             assert before < 25, "or there is no time left to see anything"
             assert all(size == 1 for size in sizes[before + 2 :]), (before, sizes)
@@ -182,7 +185,7 @@ def test_each_event_loop_gets_its_deltas_in_its_own_thread(llm):
 
     def work(i: int) -> tuple[int, ...]:
         async def main() -> tuple[int, ...]:
-            barrier.wait(10)
+            barrier.wait(50)
             one, two = await asyncio.gather(tokens_of(model.stream([i], LONG)), model.generate([i], LONG))
             assert one == two.token_ids
             return one
@@ -196,7 +199,7 @@ def test_each_event_loop_gets_its_deltas_in_its_own_thread(llm):
 
 
 def test_neither_front_end_waits_for_the_other_s_whole_generation(llm, monkeypatch):
-    slowly(llm, monkeypatch)
+    sizes = slowly(llm, monkeypatch, 0.03)
     order: list[str] = []
 
     async def main() -> None:
@@ -207,7 +210,8 @@ def test_neither_front_end_waits_for_the_other_s_whole_generation(llm, monkeypat
                 order.append(name)
 
             long = asyncio.create_task(asyncio.to_thread(blocking, LONG, "long blocking"))
-            await asyncio.sleep(0.02)
+            while not sizes:
+                await asyncio.sleep(0.001)
             await model.generate([8], seeded(1, max_tokens=3))
             order.append("short")
             await long

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from polyhead import LLM, SamplingParams
 from polyhead.errors import RequestError
+from polyhead.generation import Generation
 from polyhead.runtime.host_masks import HostMasks
 from small_llm import GREEDY, IDS, RUNTIME, assert_idle, seeded
 
@@ -154,3 +155,8 @@ def test_min_tokens_and_ignore_eos_contradict_a_form():
         with pytest.raises(RequestError, match="cannot be combined"):
             formed(1, {"regex": "a"}, **more)
     assert replace(formed(1, {"regex": "a"}), structured_outputs=None).structured is None
+
+
+def test_without_a_tokenizer_there_is_no_form_of_text(shared):
+    with pytest.raises(RequestError, match="need a tokenizer, and this model was loaded without one"):
+        Generation(shared._generation.model, None).prepare(IDS, formed(1, {"regex": "a"}))

@@ -9,7 +9,7 @@ import pty
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any
 
 import pytest
@@ -17,9 +17,10 @@ from batch_lines import EXACT, chat, completion, read, texts, workload
 from click.testing import Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from polyhead import LLM
+from polyhead import LLM, SamplingParams
 from polyhead.errors import DeviceError, RequestError
 from polyhead.offline import Input, OfflineRun, Output
+from polyhead.own_jobs import OwnJobs
 
 Invoke = Callable[..., Result]
 
@@ -303,6 +304,48 @@ def test_an_error_of_the_device_ends_the_run_and_is_nobody_s_answer(llm, tmp_pat
         assert llm._generation.free_blocks == llm.plan.num_blocks
         with Output(tmp_path / "out.jsonl") as output:
             assert OfflineRun(llm, iter(found), output, fingerprint="fp").run().answered == 20 - len(answers)
+
+
+def test_every_token_counts_of_several_samples_and_of_steps_that_others_made(llm, tmp_path):
+    source = tmp_path / "in.jsonl"
+    lines = [completion(f"request-{i}", max_tokens=9, ignore_eos=True, n=1 + i % 3) for i in range(9)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    counts = []
+
+    def stop() -> bool:
+        llm.generate([[5, 6]], SamplingParams(max_tokens=3))
+        return False
+
+    with closing(Input(source)) as found, Output(tmp_path / "out.jsonl") as output:
+        run = OfflineRun(llm, iter(found), output, fingerprint="fp")
+        tally = run.run(stop, tick=lambda tally: counts.append(tally.steps_tokens))
+    assert counts == sorted(counts)
+    assert tally.steps_tokens == tally.generated_tokens == 9 * (1 + 2 + 3) * 3
+
+
+def test_an_interrupt_as_soon_as_a_line_is_queued_leaves_none_of_it_behind(llm, tmp_path, monkeypatch):
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in workload(9)))
+    queue = OwnJobs.queue
+    interrupts = [False, False, True]
+
+    @contextmanager
+    def turn(own: OwnJobs) -> Iterator[Any]:
+        with real(own) as generation:
+            yield generation
+        if queued:
+            queued.clear()
+            if interrupts and interrupts.pop(0):
+                raise KeyboardInterrupt
+
+    queued: list[Any] = []
+    real = OwnJobs.turn
+    monkeypatch.setattr(OwnJobs, "queue", lambda *args: (queue(*args), queued.append(args))[0])
+    monkeypatch.setattr(OwnJobs, "turn", turn)
+    with closing(Input(source)) as found, Output(tmp_path / "out.jsonl") as output, pytest.raises(KeyboardInterrupt):
+        OfflineRun(llm, iter(found), output, fingerprint="fp").run()
+    assert not llm._generation.has_work
+    assert not llm._generation._jobs
 
 
 def test_a_request_that_fails_on_its_way_is_an_error_of_its_line_alone(llm, tmp_path, monkeypatch):

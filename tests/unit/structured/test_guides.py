@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -348,6 +350,24 @@ def test_a_token_that_is_not_allowed_is_refused(token):
         guide.accept(tokenizer.encode("cde")[0] if token == 2 else token)
     with pytest.raises(RequestError, match="is not allowed here"):
         GUIDES["tiny"].guide(StructuredOutputs(regex="ab")).accept(min(tokenizer.stop_ids))
+
+
+def test_requests_that_come_together_with_one_form_compile_it_once(monkeypatch):
+    tokenizer = TOKENIZERS["tiny"]
+    guides = Guides(tokenizer, tokenizer.vocab_size, tokenizer.stop_ids)
+    compiled, compile_ = [], guides._compile
+    monkeypatch.setattr(guides, "_compile", lambda spec, *more: (compiled.append(spec), compile_(spec, *more))[1])
+    forms = [StructuredOutputs(regex=regex) for regex in ("ab", "a+")]
+    together = threading.Barrier(8)
+
+    def ask(number: int) -> set[int]:
+        together.wait(60)
+        return ids(guides.guide(forms[number % 2]).allowed())
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(ask, range(8)))
+    assert sorted(compiled, key=forms.index) == forms
+    assert found == found[:2] * 4
 
 
 def test_what_the_vocabulary_cannot_write_is_told():
