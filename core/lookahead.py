@@ -41,8 +41,11 @@ class Ahead:
         return cls(step.sampled, positions.tolist(), model.submit(following, rows, after=under_way))
 
     def is_(self, step: ScheduledStep) -> bool:
-        """Whether the scheduler came to the same step."""
-        return step.requests == self.requests and step.positions == self.positions
+        """Whether the scheduler came to the same step. Requests that started over meanwhile have other blocks, but they do
+        not decode.
+        """
+        same = step.requests == self.requests and step.positions == self.positions
+        return same and step.decodes == len(step.requests)
 
 
 def can_foresee(step: ScheduledStep) -> bool:

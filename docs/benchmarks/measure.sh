@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Measures what docs/benchmarks.md and docs/performance.md report, on the machine's first GPU, each stage in minutes:
 #
-#     docs/benchmarks/measure.sh h100 docs/benchmarks [tests decode prefill depth batches serving]
+#     docs/benchmarks/measure.sh h100 docs/benchmarks [tests decode prefill depth batches serving guesses]
 #
 # The first word begins the names of the files that are written, the second is their folder; without stages it runs all.
 # "tests" runs the GPU tests and writes their record, tests/gpu/last_run.json. Afterwards: docs/benchmarks/roofline.py.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-usage="usage: $0 PREFIX FOLDER [STAGE…]; stages: tests decode prefill depth batches serving"
+stages="tests decode prefill depth batches serving guesses"
+usage="usage: $0 PREFIX FOLDER [STAGE…]; stages: $stages"
 if [[ $# -lt 2 ]]; then
     echo "$usage" >&2
     exit 2
@@ -15,7 +16,8 @@ fi
 prefix=$1
 folder=$2
 shift 2
-[[ $# -gt 0 ]] || set -- tests decode prefill depth batches serving
+read -ra all <<<"$stages"
+[[ $# -gt 0 ]] || set -- "${all[@]}"
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 
@@ -59,6 +61,11 @@ for stage in "$@"; do
     serving)
         bench llama-8b-requests throughput --shape llama-8b --quant F16,Q4_K_M --requests 256 --set runtime.max_batch=256
         bench llama-1b-requests throughput --shape llama-1b:F16 --requests 256 --set runtime.max_batch=256
+        ;;
+    guesses) # a real model, which repeats itself as texts do
+        load=(--requests 8 --input 100:400 --output 200:400)
+        bench smollm2-requests throughput "$here/../../configs/smollm2-135m.yaml" "${load[@]}"
+        bench smollm2-requests-ngram throughput "$here/../../configs/smollm2-135m.yaml" "${load[@]}" --set runtime.speculation=ngram
         ;;
     *)
         echo "$0: there is no stage $stage; $usage" >&2
