@@ -41,9 +41,7 @@ class Ahead:
         return cls(step.sampled, positions.tolist(), model.submit(following, rows, after=under_way))
 
     def is_(self, step: ScheduledStep) -> bool:
-        """Whether the scheduler came to the same step. Requests that started over meanwhile have other blocks, but they do
-        not decode.
-        """
+        """Whether the scheduler came to the same step. Those that started over have other blocks and no decode."""
         same = step.requests == self.requests and step.positions == self.positions
         return same and step.decodes == len(step.requests)
 
