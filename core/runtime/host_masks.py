@@ -45,8 +45,6 @@ class HostMasks:
 
     def step(self, batch: Batch, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         """Runs a step and samples one token for each of ``batch.logit_rows``."""
-        if not _masked(rows).any():
-            return self.inner.step(batch, rows)
         return self.submit(batch, rows).result()
 
     def submit(self, batch: Batch, rows: Sequence[SamplingRow], after: Pending | None = None) -> Pending:

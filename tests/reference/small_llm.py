@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from polyhead import LLM, SamplingParams
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
@@ -16,3 +17,16 @@ def assert_idle(llm: LLM) -> None:
 
 def seeded(seed: int | None, **more: object) -> SamplingParams:
     return SamplingParams(**{"max_tokens": 8, "temperature": 1.0, "seed": seed, "ignore_eos": True, **more})
+
+
+def counting(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of each step that the model is given from now on."""
+    counts: list[int] = []
+    submit = llm._generation.model.submit
+
+    def count(batch, rows, after=None):
+        counts.append(len(batch.tokens))
+        return submit(batch, rows, after)
+
+    monkeypatch.setattr(llm._generation.model, "submit", count)
+    return counts

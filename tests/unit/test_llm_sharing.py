@@ -15,6 +15,7 @@ from polyhead.generation import Generation
 from polyhead.model import Model
 from polyhead.runtime.contract import RuntimeOptions
 from polyhead.runtime.cpu.model import CpuModel
+from small_llm import counting
 
 RUNTIME = {"context": 40, "block_size": 4, "max_batch": 3, "max_tokens_per_step": 16}
 IDS = [5, 17, 2, 80, 33, 9, 9, 1, 60]
@@ -53,19 +54,6 @@ def test_a_completion_says_how_much_of_its_prompt_was_cached(open_llm):
     with open_llm(prefix_cache=False) as llm:
         assert [llm.generate([IDS], GREEDY)[0].cached_tokens for _ in range(2)] == [0, 0]
         assert llm._generation.cached_blocks == 0
-
-
-def counting(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The tokens of each step that the model is given from now on."""
-    counts: list[int] = []
-    submit = llm._generation.model.submit
-
-    def count(batch, rows, after=None):
-        counts.append(len(batch.tokens))
-        return submit(batch, rows, after)
-
-    monkeypatch.setattr(llm._generation.model, "submit", count)
-    return counts
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])

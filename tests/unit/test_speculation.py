@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from polyhead import LLM, SamplingParams
 from polyhead.errors import ConfigError
-from small_llm import RUNTIME, assert_idle, seeded
+from small_llm import RUNTIME, assert_idle, counting, seeded
 
 LIKELY = {7: 4.0, 8: 4.0, 9: 4.0}  # a bias with which random weights repeat themselves
 
@@ -57,14 +57,7 @@ def test_a_text_that_repeats_takes_fewer_steps_and_says_so(both, monkeypatch):
     plain, llm = both
     prompt = [7, 8] * 6
     one_token = SamplingParams(temperature=0.0, max_tokens=24, logit_bias={7: 50.0}, ignore_eos=True)
-    steps: list[int] = []
-    submit = llm._generation.model.submit
-
-    def counting(batch, rows, after=None):
-        steps.append(len(batch.tokens))
-        return submit(batch, rows, after)
-
-    monkeypatch.setattr(llm._generation.model, "submit", counting)
+    steps = counting(llm, monkeypatch)
     (out,) = llm.generate([prompt], one_token)
     assert out.token_ids == (7,) * 24
     assert len(steps) <= 8
