@@ -15,6 +15,8 @@ from .formats import DENSE_TYPES, TILE_ROWS
 from .kv_cache import FP8
 from .memory import ALIGNMENT
 from .ops import attention
+from .ops.linear import WIDE_ROWS
+from .ops.linear_wide import room_bytes
 from .ops.sample import ROW, TOPS
 from .ops.sample import scratch_bytes as sampling_scratch
 from .weights import STAGING_BYTES, resident_bytes
@@ -124,6 +126,13 @@ def plan_program(
     )
 
 
+def packed_scratch(rows: int, cols: int, options: RuntimeOptions) -> int:
+    """Scratch of a projection with a quantised matrix: unpacked weights, or activations in another order."""
+    if options.max_tokens <= FEW:
+        return 0
+    return max(2 * cols * unpack_rows(cols, rows), room_bytes(min(options.max_tokens, WIDE_ROWS), cols))
+
+
 def scratch_bytes(program: Program, types: Callable[[str], str], options: RuntimeOptions, sms: int) -> int:
     """Bytes of scratch that steps share one after the other: unpacked weights, attention's partial results."""
     shapes = {spec.name: spec.shape for spec in program.decoder.tensors()}
@@ -132,8 +141,7 @@ def scratch_bytes(program: Program, types: Callable[[str], str], options: Runtim
         if isinstance(step, Project):
             first = narrow_bytes(options.max_tokens, step.src.columns) if step.src.wide else 0
             quantised = [shapes[weight.weight] for weight in step.weights if types(weight.weight) not in DENSE_TYPES]
-            unpacked = max((2 * cols * unpack_rows(cols, rows) for rows, cols in quantised), default=0)
-            need = max(need, first + (unpacked if options.max_tokens > FEW else 0))
+            need = max(need, first + max((packed_scratch(rows, cols, options) for rows, cols in quantised), default=0))
         elif isinstance(step, Apply):
             hidden = step.src.columns
             first = narrow_bytes(options.max_tokens, hidden) if step.src.wide else 0

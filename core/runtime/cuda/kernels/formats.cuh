@@ -88,20 +88,24 @@ struct FromShared {
   static __device__ __forceinline__ u32 load8(const u8* p) { return *p; }
 };
 
+// A unit is loaded whole, or vector by vector as room becomes free.
+
 // `vectors` is how many vectors of low bits the unit holds; the others become zero codes.
 template <typename From = FromGlobal>
-__device__ __forceinline__ void load_unit(Unit& q, const u8* unit, int lane, int vectors) {
-#pragma unroll
-  for (int v = 0; v < LOW_VECTORS; ++v) {
-    uint4 w = make_uint4(0, 0, 0, 0);
-    if (PH_BLOCK == 256 || v < vectors) w = From::load128(unit + PH_LOW_AT + 512 * v + 16 * lane);
-    q.low[4 * v] = w.x, q.low[4 * v + 1] = w.y, q.low[4 * v + 2] = w.z, q.low[4 * v + 3] = w.w;
-  }
-#pragma unroll
-  for (int v = 0; v < PH_HIGH_BITS; ++v) {
-    const uint4 w = From::load128(unit + PH_HIGH_AT + 512 * v + 16 * lane);
-    q.high[4 * v] = w.x, q.high[4 * v + 1] = w.y, q.high[4 * v + 2] = w.z, q.high[4 * v + 3] = w.w;
-  }
+__device__ __forceinline__ void load_low(Unit& q, const u8* unit, int lane, int v, int vectors) {
+  uint4 w = make_uint4(0, 0, 0, 0);
+  if (PH_BLOCK == 256 || v < vectors) w = From::load128(unit + PH_LOW_AT + 512 * v + 16 * lane);
+  q.low[4 * v] = w.x, q.low[4 * v + 1] = w.y, q.low[4 * v + 2] = w.z, q.low[4 * v + 3] = w.w;
+}
+
+template <typename From = FromGlobal>
+__device__ __forceinline__ void load_high(Unit& q, const u8* unit, int lane, int v) {
+  const uint4 w = From::load128(unit + PH_HIGH_AT + 512 * v + 16 * lane);
+  q.high[4 * v] = w.x, q.high[4 * v + 1] = w.y, q.high[4 * v + 2] = w.z, q.high[4 * v + 3] = w.w;
+}
+
+template <typename From = FromGlobal>
+__device__ __forceinline__ void load_scales(Unit& q, const u8* unit, int lane) {
 #if PH_SCALES == 0 || PH_SCALES == 3 || PH_SCALES == 5
   const uint2 s = From::load64(unit + 8 * lane);
   q.scales[0] = s.x, q.scales[1] = s.y;
@@ -124,6 +128,15 @@ __device__ __forceinline__ void load_unit(Unit& q, const u8* unit, int lane, int
 #endif
 }
 
+template <typename From = FromGlobal>
+__device__ __forceinline__ void load_unit(Unit& q, const u8* unit, int lane, int vectors) {
+#pragma unroll
+  for (int v = 0; v < LOW_VECTORS; ++v) load_low<From>(q, unit, lane, v, vectors);
+#pragma unroll
+  for (int v = 0; v < PH_HIGH_BITS; ++v) load_high<From>(q, unit, lane, v);
+  load_scales<From>(q, unit, lane);
+}
+
 __device__ __forceinline__ int vectors_in(int unit, int cols) {
   return PH_BLOCK == 256 ? LOW_VECTORS : ph_div_up(min(256, cols - 256 * unit) * PH_LOW_BITS, 256);
 }
@@ -132,8 +145,8 @@ __device__ __forceinline__ int vectors_in(int unit, int cols) {
 
 __device__ __forceinline__ u32 turn_right(u32 w, int bits) { return __funnelshift_r(w, w, bits & 31); }
 
-// Four bytes, each an integer + 128, to registers 2*half and 2*half + 1.
-__device__ __forceinline__ void spread_bytes(u32 w, u32& first, u32& second) {
+// Four bytes, each an integer + 128, to registers 2*half and 2*half + 1; `above` is put over each byte (float16 only).
+__device__ __forceinline__ void spread_bytes(u32 w, u32& first, u32& second, u32 above = 0) {
 #ifdef PH_ACT_BF16
   // 128 + 127 is all that a mantissa of 7 bits can hold: the top bit chooses between adding -256 and -128, exactly.
   u32 r[2] = {__byte_perm(w, 0, 0x4140), __byte_perm(w, 0, 0x4342)};
@@ -145,7 +158,7 @@ __device__ __forceinline__ void spread_bytes(u32 w, u32& first, u32& second) {
   }
   first = r[0], second = r[1];
 #else
-  first = __byte_perm(w, 0, 0x4140), second = __byte_perm(w, 0, 0x4342);
+  first = __byte_perm(w, above, 0x4140), second = __byte_perm(w, above, 0x4342);
 #endif
 }
 
@@ -164,7 +177,9 @@ __device__ __forceinline__ void look_up(u32 w, u32& first, u32& second) {
 // Bits of `width` that begin at `place` in both halves.
 __host__ __device__ constexpr u32 field(int width, int place) { return (((1u << width) - 1) << place) * 0x00010001u; }
 
-// The weights of step 0..15 as the tensor core's a.
+// The weights of step 0..15 as the tensor core's a. In float16 with AT_1024 not as subnormals, but as what is added to
+// 1024: 1024 + code, in rows g + 8 of codes that are no bytes 1024 + 16 * code.
+template <bool AT_1024 = false>
 __device__ __forceinline__ void fragment(const Unit& q, int step, u32 (&a)[4]) {
 #if PH_BYTES
   u32 first, second;
@@ -173,8 +188,8 @@ __device__ __forceinline__ void fragment(const Unit& q, int step, u32 (&a)[4]) {
 #else
   first = q.low[2 * step], second = q.low[2 * step + 1];
 #endif
-  spread_bytes(first, a[0], a[1]);
-  spread_bytes(second, a[2], a[3]);
+  spread_bytes(first, a[0], a[1], AT_1024 ? 0x64 : 0);
+  spread_bytes(second, a[2], a[3], AT_1024 ? 0x64 : 0);
 #else
   const u32 low = q.low[step / LOW_STEPS], high = PH_HIGH_BITS ? q.high[step / HIGH_STEPS] : 0;
 #pragma unroll
@@ -190,6 +205,8 @@ __device__ __forceinline__ void fragment(const Unit& q, int step, u32 (&a)[4]) {
       a[r] |= turn_right(high, high_turn(step % HIGH_STEPS) + turn + 32) & field(PH_HIGH_BITS, HIGH_PLACE + up);
 #ifdef PH_ACT_BF16
     a[r] |= 0x43004300;
+#else
+    if (AT_1024) a[r] |= 0x64006400;
 #endif
   }
 #endif

@@ -98,6 +98,13 @@ __device__ __forceinline__ float ph_block_max(float x, float* scratch) {
   return ph_warp_max(lane < warps ? scratch[lane] : -PH_INFINITY);
 }
 
+// ---- barriers
+
+// Waits for `threads` of the block's threads, whole warps, that call it with the same id, 1 to 15.
+__device__ __forceinline__ void ph_sync_some(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // ---- wide loads; addresses must be aligned to the width
 
 // Read-only, kept in L1: for data that is read again soon.

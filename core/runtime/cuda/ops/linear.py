@@ -1,14 +1,24 @@
-"""linear: a projection by whichever way is fastest for its rows: packed weights for few, cuBLAS for many."""
+"""linear: a projection by whichever way is fastest for its rows: packed weights for few, cuBLAS for many.
+
+For quantised weights the way changes with the rows: kernels that read them packed, up to SOME_ROWS everywhere and
+WIDE_ROWS where the GPU has wgmma, then unpacking for cuBLAS, whose cost does not grow with the rows. Weights of the
+activations' type are cuBLAS's from two rows on.
+"""
 
 from __future__ import annotations
 
 from ..blas import Blas
 from ..context import Context
-from ..formats import DenseMatrix, Matrix
+from ..formats import DenseMatrix, Matrix, QuantMatrix
 from ..memory import Array
 from .bias import add_bias
 from .dequant import dequantise
 from .gemv import MOST_ROWS, linear_few
+from .linear_some import linear_some
+from .linear_wide import fits_wide, linear_wide, room_bytes
+
+SOME_ROWS = 64
+WIDE_ROWS = 256
 
 
 def linear(
@@ -31,8 +41,16 @@ def linear(
     holds unpacked weights where M is large. ``invariant``: a row's result is bit-equal whatever rows stand beside it,
     which is slow for many. Raises DeviceError naming the shapes.
     """
-    if x.shape[0] <= MOST_ROWS or invariant:
+    count = x.shape[0]
+    if count == 1 or invariant or (isinstance(w, QuantMatrix) and x.dtype != "f16" and count <= MOST_ROWS):
         linear_few(ctx, x, w, out, column, bias=bias, accumulate=accumulate, scale=scale, invariant=invariant)
+        return
+    if isinstance(w, QuantMatrix) and x.dtype == "f16" and count <= SOME_ROWS:
+        linear_some(ctx, x, w, out, column, bias=bias, accumulate=accumulate, scale=scale)
+        return
+    if isinstance(w, QuantMatrix) and count <= WIDE_ROWS and fits_wide(ctx.device, x):
+        room = scratch.view("u8", room_bytes(count, w.cols))
+        linear_wide(ctx, x, w, out, column, room, bias=bias, accumulate=accumulate, scale=scale)
         return
     if isinstance(w, DenseMatrix):
         blas.matmul(x, w.data, out, accumulate=accumulate, column=column, scale=scale)
