@@ -24,6 +24,9 @@ class Batch:
     ``query_start[s]:query_start[s + 1]`` (int32 [S + 1]); after the step it has ``context_lens[s]`` tokens in the
     cache (int32 [S]), in the physical blocks ``block_tables[s]`` (int32 [S, B], padded with 0): position p lies in
     block ``block_tables[s, p // block_size]``. ``logit_rows`` (int32 [M]) are the rows whose logits are wanted.
+
+    Sequences of one token should come first: a runtime may take those that lead more quickly. No sequence reads keys
+    that another one writes in the same step.
     """
 
     tokens: NDArray[np.int32]

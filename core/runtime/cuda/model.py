@@ -147,7 +147,7 @@ class CudaModel:
             plan.max_batch,
             plan.max_logit_rows,
             table,
-            tile_decodes=self._deterministic,
+            tile_singles=self._deterministic,
         )
 
     def _rope_tables(self) -> dict[Rope, rope.Turn]:
