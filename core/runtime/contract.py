@@ -120,12 +120,17 @@ class PartialSource(WeightSource, Protocol):
         ...
 
 
+MAX_TOKENS = 512
+"""Tokens of a step where nobody asks for another number and the runtime knows no better one."""
+
+
 @dataclass(frozen=True, slots=True)
 class RuntimeOptions:
     """How much a loaded model may hold and do at once. Memory follows from it before anything is allocated.
 
     ``context`` is the most tokens of one sequence (None: as many as the model and memory allow), ``max_batch`` the most
     sequences in a step, ``max_tokens`` the most tokens in a step, ``block_size`` the tokens of a KV block.
+    ``grow_steps``: a runtime that gains from longer steps may plan more than ``max_tokens``, as memory allows.
     ``threads`` bounds the CPU runtime's matrix products. ``deterministic``: a sequence's results are bit-equal alone,
     in any batch and with any chunking.
     """
@@ -134,7 +139,8 @@ class RuntimeOptions:
     kv_dtype: str = "auto"
     activation_dtype: str = "auto"
     max_batch: int = 64
-    max_tokens: int = 512
+    max_tokens: int = MAX_TOKENS
+    grow_steps: bool = False
     block_size: int = 16
     memory_fraction: float = 0.9
     deterministic: bool = False
