@@ -39,7 +39,7 @@ def resolve_device(name: str) -> tuple[str, str]:
 
 def runtime_options(config: RunConfig) -> RuntimeOptions:
     """The runtime's part of a configuration."""
-    from .runtime.contract import RuntimeOptions
+    from .runtime.contract import MAX_TOKENS, RuntimeOptions
 
     runtime = config.runtime
     return RuntimeOptions(
@@ -47,7 +47,8 @@ def runtime_options(config: RunConfig) -> RuntimeOptions:
         kv_dtype=runtime.kv_dtype,
         activation_dtype=runtime.activation_dtype,
         max_batch=runtime.max_batch,
-        max_tokens=runtime.max_tokens_per_step,
+        max_tokens=runtime.max_tokens_per_step or MAX_TOKENS,
+        grow_steps=runtime.max_tokens_per_step is None,
         block_size=runtime.block_size,
         memory_fraction=runtime.memory_fraction,
         deterministic=runtime.deterministic,

@@ -82,6 +82,7 @@ def command(
     from ..bench.plot import check_plot, draw
     from ..bench.requests import Load, Span
     from ..bench.static import measure_static, static_cases
+    from ..runtime.contract import MAX_TOKENS
     from .bench_tables import Outcome
     from .subject import open_model, open_shape
 
@@ -108,7 +109,8 @@ def command(
         console.note(
             "polyhead: static batches are measured without runtime.speculation: every step is a token for each"
         )
-    tests = [case.needs(runtime.max_tokens_per_step, runtime.block_size) for case in cases]
+    # In longer steps, which a GPU may take unasked, the same cases need less.
+    tests = [case.needs(runtime.max_tokens_per_step or MAX_TOKENS, runtime.block_size) for case in cases]
     if load is not None:
         load.check()
         tests.append(load.needs(runtime.max_batch))

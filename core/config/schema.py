@@ -193,11 +193,12 @@ class RuntimeConfig(Section):
         default=0.9, gt=0, le=1, description="Share of the device's free memory that may be used, from 0 to 1."
     )
     max_batch: int = Field(default=64, ge=1, le=65536, description="Most sequences that run at the same time.")
-    max_tokens_per_step: int = Field(
-        default=512,
+    max_tokens_per_step: int | None = Field(
+        default=None,
         ge=1,
         le=1 << 20,
-        description="Most tokens computed in one step; longer prompts are taken in chunks of this size.",
+        description="Most tokens computed in one step; longer prompts are taken in chunks of this size. Fewer make the "
+        "pauses shorter that a prompt brings to those who decode; null: 512, on a GPU up to 2,048 as memory allows.",
     )
     block_size: int = Field(default=16, ge=1, le=1024, description="Tokens in one block of the KV cache.")
     deterministic: bool = Field(

@@ -24,6 +24,9 @@ class Batch:
     ``query_start[s]:query_start[s + 1]`` (int32 [S + 1]); after the step it has ``context_lens[s]`` tokens in the
     cache (int32 [S]), in the physical blocks ``block_tables[s]`` (int32 [S, B], padded with 0): position p lies in
     block ``block_tables[s, p // block_size]``. ``logit_rows`` (int32 [M]) are the rows whose logits are wanted.
+
+    Sequences of one token should come first: a runtime may take those that lead more quickly. No sequence reads keys
+    that another one writes in the same step.
     """
 
     tokens: NDArray[np.int32]
@@ -117,12 +120,17 @@ class PartialSource(WeightSource, Protocol):
         ...
 
 
+MAX_TOKENS = 512
+"""Tokens of a step where nobody asks for another number and the runtime knows no better one."""
+
+
 @dataclass(frozen=True, slots=True)
 class RuntimeOptions:
     """How much a loaded model may hold and do at once. Memory follows from it before anything is allocated.
 
     ``context`` is the most tokens of one sequence (None: as many as the model and memory allow), ``max_batch`` the most
     sequences in a step, ``max_tokens`` the most tokens in a step, ``block_size`` the tokens of a KV block.
+    ``grow_steps``: a runtime that gains from longer steps may plan more than ``max_tokens``, as memory allows.
     ``threads`` bounds the CPU runtime's matrix products. ``deterministic``: a sequence's results are bit-equal alone,
     in any batch and with any chunking.
     """
@@ -131,7 +139,8 @@ class RuntimeOptions:
     kv_dtype: str = "auto"
     activation_dtype: str = "auto"
     max_batch: int = 64
-    max_tokens: int = 512
+    max_tokens: int = MAX_TOKENS
+    grow_steps: bool = False
     block_size: int = 16
     memory_fraction: float = 0.9
     deterministic: bool = False

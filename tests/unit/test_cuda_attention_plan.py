@@ -74,3 +74,9 @@ def test_prefill_work_covers_every_row_once() -> None:
     rows = sorted(row for s, first in work for row in range(first, min(first + op.TILE, starts[s + 1])))
     assert rows == list(range(200))
     assert work[0].tolist() == [3, 193]
+
+
+def test_prefill_work_leaves_out_the_sequences_before_the_first_asked_for() -> None:
+    starts, lens = np.array([0, 1, 2, 70, 71], np.int32), np.array([9, 500, 68, 30], np.int32)
+    assert op.prefill_work(starts, lens, 2).tolist() == [[2, 66], [2, 2], [3, 70]]
+    assert op.prefill_work(starts, lens, 4).shape == (0, 2)

@@ -18,7 +18,11 @@ from .ops.attention import TILE, prefill_work
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The arrays of one step, int32. ``tiles`` [T, 2] lists (sequence, first row) for the prefill attention."""
+    """The arrays of one step, int32. ``tiles`` [T, 2] lists (sequence, first row) for the prefill attention.
+
+    The first ``singles`` sequences have one token each and no tiles: they are for the decode attention, whose row and
+    sequence have one number.
+    """
 
     tokens: Array
     positions: Array
@@ -31,6 +35,7 @@ class View:
     count: int
     rows: int
     sequences_count: int
+    singles: int
     decode: bool
 
 
@@ -46,12 +51,12 @@ class Inputs:
         max_rows: int,
         max_blocks: int,
         *,
-        tile_decodes: bool,
+        tile_singles: bool,
     ) -> None:
-        """``tile_decodes``: steps of decodes list tiles too, for the attention of prefill to serve them."""
+        """``tile_singles``: sequences of one token get tiles too, for the attention of prefill to serve them all."""
         self._ctx = ctx
-        self._tile_decodes = tile_decodes
-        self._views: dict[tuple[int, int, int, int, int, bool], View] = {}
+        self._tile_singles = tile_singles
+        self._views: dict[tuple[int, int, int, int, int, int, bool], View] = {}
         tiles = max_tokens // TILE + max_batch + 1
         sizes = {
             "tokens": max_tokens,
@@ -95,20 +100,21 @@ class Inputs:
         self._put("context_lens", batch.context_lens, padded, 1)
         self._put("logit_rows", np.arange(rows, dtype=np.int32) if decode else batch.logit_rows, rows, 0)
         lens = np.concatenate([batch.context_lens, np.ones(padded - sequences, np.int32)])
-        tiles = np.zeros((0, 2), np.int32) if decode and not self._tile_decodes else prefill_work(starts, lens)
+        singles = 0 if self._tile_singles else leading_singles(starts)
+        tiles = prefill_work(starts, lens, singles)
         self._put("tiles", tiles.reshape(-1), tiles.size, 0)
         table = self._host_tables[: padded * width].reshape(padded, width)
         table[...] = spare_block
         used = min(width, batch.block_tables.shape[1])
         table[:sequences, :used] = batch.block_tables[:, :used]
         device = self._ctx.device
-        view = self._view(total, padded, rows, width, len(tiles), decode)
+        view = self._view(total, padded, rows, width, len(tiles), singles, decode)
         device.copy_in(self._small, self._host)
         device.copy_in(view.block_tables, table)
         return view
 
-    def _view(self, total: int, padded: int, rows: int, width: int, tiles: int, decode: bool) -> View:
-        key = (total, padded, rows, width, tiles, decode)
+    def _view(self, total: int, padded: int, rows: int, width: int, tiles: int, singles: int, decode: bool) -> View:
+        key = (total, padded, rows, width, tiles, singles, decode)
         if decode and key in self._views:  # making a view costs more than launching its graph
             return self._views[key]
         view = View(
@@ -123,6 +129,7 @@ class Inputs:
             count=total,
             rows=rows,
             sequences_count=padded,
+            singles=singles,
             decode=decode,
         )
         if decode:
@@ -138,3 +145,9 @@ class Inputs:
 
     def _at(self, name: str, *shape: int) -> Array:
         return self._small.at(4 * self._offsets[name], "i32", *shape)
+
+
+def leading_singles(query_start: NDArray[np.int32]) -> int:
+    """How many sequences have one token each before the first that has another number; the engine's decodes lead."""
+    longer = np.flatnonzero(np.diff(query_start) != 1)
+    return int(longer[0]) if len(longer) else len(query_start) - 1

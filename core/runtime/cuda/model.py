@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +62,7 @@ class CudaModel:
             device = ctx.device
             types = lambda name: source.tensors[name].type  # noqa: E731
             self.plan = plan_program(self.program, types, options, str(device), device.total, device.free(), device.sms)
+            options = replace(options, max_tokens=self.plan.max_tokens)  # it may have grown
             self._act = activation_dtype(options)
             self._deterministic = options.deterministic
             self._weights_pool, self._kv_pool, self._work_pool = (
@@ -147,7 +149,7 @@ class CudaModel:
             plan.max_batch,
             plan.max_logit_rows,
             table,
-            tile_decodes=self._deterministic,
+            tile_singles=self._deterministic,
         )
 
     def _rope_tables(self) -> dict[Rope, rope.Turn]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ...arch import Decoder, Rope
-from ...errors import ConfigError
+from ...errors import CapacityError, ConfigError
 from ..contract import RuntimeOptions, WeightSource
 from ..memory import MemoryPlan, plan_memory
 from ..modules import matrix_specs
@@ -26,6 +27,10 @@ FEW = 32
 UNPACK = 64 << 20
 BLAS_WORKSPACE = 32 << 20
 BIASES = 1536
+GROWN_STEPS = (2048, 1024)
+"""Tokens of a step worth having unasked, best first: beside many decodes, prompts need few such steps."""
+GROWN_COST = 1 / 16
+"""The part of the KV cache that they may cost, and of a context that is as long as memory allows."""
 _ACTIVATIONS = {"auto": "f16", "f16": "f16", "bf16": "bf16"}
 
 
@@ -88,7 +93,34 @@ def plan(decoder: Decoder, source: WeightSource, options: RuntimeOptions, index:
 def plan_program(
     program: Program, types: Callable[[str], str], options: RuntimeOptions, device: str, total: int, free: int, sms: int
 ) -> MemoryPlan:
-    """The memory plan. ``types`` tells a tensor's stored type. Raises CapacityError when it does not fit."""
+    """The memory plan. ``types`` tells a tensor's stored type. Raises CapacityError when it does not fit.
+
+    Where ``options`` let steps grow they do, unless that costs too much, or is of no use because all sequences together
+    are not as long as a step of half the tokens.
+    """
+
+    def planned(options: RuntimeOptions) -> MemoryPlan:
+        return _plan_as_asked(program, types, options, device, total, free, sms)
+
+    least = planned(options)
+    if not options.grow_steps:
+        return least
+    for tokens in GROWN_STEPS:
+        if not options.max_tokens < tokens < 2 * least.max_batch * least.context:
+            continue
+        try:
+            grown = planned(replace(options, max_tokens=tokens))
+        except CapacityError:
+            continue
+        left = min(grown.context / least.context, grown.num_blocks / least.num_blocks)
+        if left >= 1 - GROWN_COST:
+            return grown
+    return least
+
+
+def _plan_as_asked(
+    program: Program, types: Callable[[str], str], options: RuntimeOptions, device: str, total: int, free: int, sms: int
+) -> MemoryPlan:
     check(program)
     decoder = program.decoder
     stored = kv_dtype(options)

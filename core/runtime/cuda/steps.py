@@ -1,4 +1,4 @@
-"""Steps: how a GPU carries out each step of a program, and the joined steps that decoding uses instead.
+"""Steps: how a GPU carries out each step of a program, and the joined steps that stand for them where tokens decode.
 
 Knows nothing of where inputs come from, of graphs, of sampling.
 """
@@ -58,7 +58,7 @@ class Steps:
         self._scratch, self._counters = room
         self._plain = program.steps
         # What joins steps changes the order of sums, or how work is split, with the batch.
-        self._decode: Sequence[JoinedStep] = self._plain if deterministic else fuse_attention(program.steps)
+        self._joined: Sequence[JoinedStep] = self._plain if deterministic else fuse_attention(program.steps)
         self._row: Sequence[JoinedStep] = (
             self._plain if deterministic else fuse_attention(fuse_row(program, self._fits))
         )
@@ -69,7 +69,7 @@ class Steps:
             FusedProject: self._project_one,
             StoreKV: self._store_kv,
             Attend: self._attend,
-            FusedAttend: self._attend_decode,
+            FusedAttend: self._attend_joined,
             Activate: self._activate,
             Apply: self._apply,
             Add: self._add,
@@ -80,7 +80,7 @@ class Steps:
     def run(self, run: Run, observe: Observe | None = None) -> None:
         """Launches every step. ``observe`` is given each step's name and what it wrote."""
         view = run.view
-        steps = self._plain if not view.decode else self._row if view.count == 1 else self._decode
+        steps = self._plain if view.singles == 0 else self._row if view.decode and view.count == 1 else self._joined
         for step in steps:
             self._dispatch[type(step)](step, run)
             if observe is not None:
@@ -110,21 +110,34 @@ class Steps:
                 act=self._act,
             )
 
+    def _attend_joined(self, step: FusedAttend, run: Run) -> None:
+        """The leading sequences of one token by the attention of decode, the others as the plain steps have it.
+
+        Neither waits for what the other stores: no sequence of a step reads keys that another one writes in it.
+        """
+        self._attend_decode(step, run)
+        self._store_kv(step.store, run, run.view.singles)
+        self._attend(step.attend, run)
+
     def _attend_decode(self, step: FusedAttend, run: Run) -> None:
         view, spec, layer = run.view, step.attend.attention, step.attend.layer
+        qkv, out, lens, tables, positions = (
+            array.slice_rows(0, view.singles)
+            for array in (run[step.attend.qkv], run[step.dst], view.context_lens, view.block_tables, view.positions)
+        )
         attention.attend_decode(
             self._ctx,
-            run[step.attend.qkv],
+            qkv,
             *self._kv.layers[layer],
-            run[step.dst],
-            view.context_lens,
-            view.block_tables,
+            out,
+            lens,
+            tables,
             spec,
             self._scratch,
             self._counters,
             turn=self._turn(spec),
             norms=self._head_norms(spec),
-            positions=view.positions,
+            positions=positions,
             scales=self._kv.scales[layer],
         )
 
@@ -171,16 +184,20 @@ class Steps:
                 invariant=self._deterministic,
             )
 
-    def _store_kv(self, step: StoreKV, run: Run) -> None:
+    def _store_kv(self, step: StoreKV, run: Run, first: int = 0) -> None:
+        """For the rows from ``first`` on; their numbers of sequences count from the step's first one all the same."""
         spec, view = step.attention, run.view
+        qkv, positions, sequences = (
+            array.slice_rows(first, view.count) for array in (run[step.qkv], view.positions, view.sequences)
+        )
         rope.store_kv(
             self._ctx,
-            run[step.qkv],
+            qkv,
             spec,
             self._turn(spec),
             self._head_norms(spec),
-            view.positions,
-            view.sequences,
+            positions,
+            sequences,
             view.block_tables,
             *self._kv.layers[step.layer],
             self._kv.scales[step.layer],

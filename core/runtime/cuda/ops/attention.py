@@ -254,12 +254,18 @@ def attend_prefill(
     )
 
 
-def prefill_work(query_start: NDArray[np.int32], context_lens: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The tiles of a batch, int32 [T, 2]: (sequence, first row), those that see most first, for an even end."""
+def prefill_work(
+    query_start: NDArray[np.int32], context_lens: NDArray[np.int32], first_sequence: int = 0
+) -> NDArray[np.int32]:
+    """The tiles of a batch, int32 [T, 2]: (sequence, first row), those that see most first, for an even end.
+
+    Sequences before ``first_sequence`` get none.
+    """
+    s = first_sequence
     tiles = [
         (int(length) - int(end) + min(first + TILE, int(end)), sequence, first)
         for sequence, (start, end, length) in enumerate(
-            zip(query_start[:-1], query_start[1:], context_lens, strict=True)
+            zip(query_start[s:-1], query_start[s + 1 :], context_lens[s:], strict=True), s
         )
         for first in range(int(start), int(end), TILE)
     ]
