@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ...arch import Decoder, Rope
 from ...errors import ConfigError
 from ..contract import RuntimeOptions, WeightSource
+from ..masks import mask_words
 from ..memory import MemoryPlan, plan_memory
 from ..modules import matrix_specs
 from ..program import Apply, Attend, Program, Project, lower
@@ -97,7 +98,7 @@ def plan_program(
         program, types, options, sms
     )
     sampler = rows * (ROW.itemsize + 4 * TOPS + 16) + sampling_scratch(rows, decoder.vocab)
-    sampler += 12 * BIASES * rows
+    sampler += (12 * BIASES + 4 * mask_words(decoder.vocab)) * rows
     workspace += 2 * sampler  # one for the step under way, one for the next
     spare_block = options.block_size * token_bytes
 
