@@ -25,7 +25,7 @@ PLAIN = SamplingRow(seed=1, position=3)
 
 
 class Device:
-    """Notes what is copied, and when the memory may be written to again nobody knows."""
+    """Notes what is copied to it."""
 
     def __init__(self) -> None:
         self.copies: list[tuple[Array, np.ndarray]] = []
