@@ -20,7 +20,6 @@ from .generation import Generation
 from .model import Model
 from .plugins import Registry, discover
 from .prompts import Prompt, as_prompts, with_params
-from .runtime.host_masks import HostMasks
 from .sources import resolve_model
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ class LLM:
                 progress,
             )
             self._generation: Generation | None = Generation(
-                HostMasks.around(runtime),
+                runtime,
                 self.tokenizer,
                 prefix_cache=config.runtime.prefix_cache,
                 speculation=speculation_of(config.runtime),

@@ -46,8 +46,9 @@ class SamplingRow:
 
     ``allowed`` gives the tokens that may be chosen, int32 [ceil(vocab / 32)]: bit t % 32 of word t // 32, counted from
     the least significant, is token t's. It is called when the logits are on their way, so that it may be worked out
-    while the device computes. Tokens whose bit is not set count as -inf, after the bias and before the penalties. What
-    it raises concerns this row alone.
+    while the device computes. Tokens whose bit is not set count as -inf, after the bias and before the penalties; bits
+    past the vocabulary mean nothing. What it raises concerns this row alone: it passes through, with ``row`` set, when
+    the step's tokens are asked for at the latest.
     """
 
     seed: int

@@ -17,12 +17,15 @@ import cuda_sources
 import numpy as np
 import pytest
 from polyhead.errors import DeviceError
+from polyhead.runtime.contract import SampledToken, SamplingRow
 from polyhead.runtime.cuda.context import Context
 from polyhead.runtime.cuda.formats import DenseMatrix, Matrix, QuantMatrix
 from polyhead.runtime.cuda.memory import Array, Pool
 from polyhead.runtime.cuda.ops.repack import repack
 from polyhead.runtime.cuda.probe import probe
+from polyhead.runtime.cuda.sampler import Sampler
 from random_blocks import random_blocks
+from sampling_rows import F32, Run
 
 _PACKAGES = ("cuda-core", "cuda-bindings", "nvmath-python", "nvidia-cuda-nvrtc", "nvidia-cublas", "numpy")
 _OUTCOMES = {"passed": 0, "failed": 0, "skipped": 0, "deselected": 0}
@@ -104,6 +107,41 @@ def weights(
         return matrix, quants.dequantize(raw, GGMLQuantizationType[kind]).astype(np.float64)
 
     return make
+
+
+@pytest.fixture
+def make_sampler(ctx: Context, pool: Pool) -> Iterator[Callable[..., Sampler]]:
+    """``make_sampler(vocab, max_rows, max_seen)``: a Sampler, closed after the test."""
+    made: list[Sampler] = []
+
+    def build(vocab: int, max_rows: int = 64, max_seen: int = 20_000) -> Sampler:
+        made.append(Sampler(ctx, pool, max_rows, vocab, max_seen))
+        return made[-1]
+
+    yield build
+    for sampler in made:
+        sampler.close()
+
+
+@pytest.fixture
+def sampled(ctx: Context, make_sampler: Callable[..., Sampler]) -> Run:
+    """Samples on the device, with one sampler per vocabulary, and checks that the logits stay as they are."""
+    samplers: dict[int, Sampler] = {}
+
+    def sample(logits: F32, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+        vocab = logits.shape[1]
+        if vocab not in samplers:
+            samplers[vocab] = make_sampler(vocab, 256)
+        with Pool(ctx.device, "logits") as pool:
+            array = pool.array(logits.shape, "f32")
+            ctx.device.upload(array, logits)
+            tokens = samplers[vocab].sample(array, rows)
+            assert np.array_equal(ctx.device.download(array), logits, equal_nan=True)
+        chosen = ctx.device.download(samplers[vocab].tokens)[: len(rows)].tolist()
+        assert chosen == [token.id for token in tokens], "the next step's input"
+        return tokens
+
+    return sample
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -60,6 +60,41 @@ def test_log_probabilities_of_a_prompt_are_those_of_the_cpu_runtime(name, open_t
             assert [each.token_id for each in other.prompt_logprobs[1:]] == list(other.prompt_token_ids[1:])
 
 
+@pytest.mark.parametrize("speculation", [None, {"max_tokens": 5, "ngram_max": 2, "ngram_min": 1}])
+def test_forms_are_kept_in_any_company_and_their_logits_never_leave_the_device(open_tiny, monkeypatch, speculation):
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "yes"]}}, "required": ["a"]}
+    seeded = {"temperature": 1.0, "max_tokens": 24, "n": 2}
+    forms = [
+        SamplingParams(seed=1, structured_outputs={"json": {**schema, "additionalProperties": False}}, **seeded),
+        SamplingParams(seed=2, structured_outputs={"regex": "[01]{12}"}, frequency_penalty=0.5, logprobs=2, **seeded),
+        SamplingParams(seed=3, structured_outputs={"choice": ["the sand", "the"]}, top_p=0.9, **seeded),
+    ]
+    free = [SamplingParams(seed=i, ignore_eos=True, **{**seeded, "max_tokens": 40}) for i in range(3)]
+    asked, prompts = [*forms, *free], [[5, 17, 2, 80, 33], [9] * 7, [3], [5, 9] * 4, [8, 7], [1]]
+    with open_tiny("llama-gqa", deterministic=True, speculation=speculation) as llm:
+        model, steps = llm._generation.model, []
+        submit = model.submit
+
+        def watched(batch, rows, after=None):
+            steps.append((any(row.allowed is not None for row in rows), after is not None))
+            return submit(batch, rows, after)
+
+        monkeypatch.setattr(model, "submit", watched)
+        monkeypatch.setattr(model, "logits", None)
+        found = llm.generate(prompts, asked)
+        assert not any(masked and early for masked, early in steps)
+        assert speculation is not None or any(early for _, early in steps)
+        assert [llm.generate([prompt], each)[0] for prompt, each in zip(prompts, asked, strict=True)] == found
+    for sample in found[0].outputs:
+        if sample.finish_reason == "stop":  # random weights may prefer blanks up to the end
+            assert json.loads(sample.text)["a"] in ("x", "yes")
+    for sample in found[1].outputs:
+        assert re.fullmatch("[01]{12}", sample.text)
+    for sample in found[2].outputs:
+        assert sample.text in ("the sand", "the")
+
+
 def test_a_text_has_the_form_that_is_asked_for_and_its_neighbours_have_their_tokens(ctx, smollm2_path):
     pytest.importorskip("llguidance")
     schema = {

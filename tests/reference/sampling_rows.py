@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +19,26 @@ F32 = NDArray[np.float32]
 Run = Callable[[F32, Sequence[SamplingRow]], list[SampledToken]]
 
 
+def mask(vocab: int, token_ids: Iterable[int]) -> NDArray[np.int32]:
+    """A mask that allows these tokens, int32 [ceil(vocab / 32)]."""
+    tokens = np.array(list(token_ids), np.int64)
+    words = np.zeros(-(-vocab // 32), np.uint32)
+    np.bitwise_or.at(words, tokens // 32, np.left_shift(1, tokens % 32).astype(np.uint32))
+    return words.view(np.int32)
+
+
+def allows(words: NDArray[np.int32], tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether a mask allows each of the tokens."""
+    return (words[tokens // 32].astype(np.int64) >> tokens % 32 & 1).astype(np.bool_)
+
+
 def adjusted(logits: F32, row: SamplingRow) -> NDArray[np.float64]:
-    """Bias and penalties as their definitions say."""
+    """Bias, mask and penalties as their definitions say."""
     x = logits.astype(np.float64)
     for token, bias in row.logit_bias.items():
         x[token] += bias
+    if row.allowed is not None:
+        x[~allows(row.allowed(), np.arange(len(x)))] = -math.inf
     if row.repetition != 1.0:
         for token in {*row.prompt_ids, *row.output_ids}:
             x[token] = x[token] / row.repetition if x[token] > 0 else x[token] * row.repetition
@@ -120,3 +136,14 @@ def many_logits(rng: np.random.Generator, count: int, vocab: int) -> F32:
             x[index, rng.random(vocab) < 0.5] = -math.inf
             x[index, rng.integers(vocab)] = 0.0
     return x.astype(np.float32)
+
+
+def masked(rng: np.random.Generator, rows: Sequence[SamplingRow], logits: F32) -> list[SamplingRow]:
+    """The rows, most of them with a mask: of few tokens, half, nearly all; each allows one that has a finite logit."""
+
+    def give(row: SamplingRow, x: F32) -> SamplingRow:
+        words = mask(len(x), np.flatnonzero(rng.random(len(x)) < rng.choice([0.0, 0.01, 0.5, 0.99])))
+        words |= mask(len(x), [int(rng.choice(np.flatnonzero(np.isfinite(x))))])
+        return replace(row, allowed=lambda: words)
+
+    return [give(row, x) if rng.random() < 0.7 else row for row, x in zip(rows, logits, strict=True)]

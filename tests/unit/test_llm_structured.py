@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from polyhead import LLM, SamplingParams
+from polyhead import SamplingParams
 from polyhead.errors import RequestError
 from polyhead.generation import Generation
-from polyhead.runtime.host_masks import HostMasks
 from small_llm import GREEDY, IDS, RUNTIME, assert_idle, seeded
 
 pytest.importorskip("llguidance")
@@ -137,17 +136,22 @@ def test_a_ban_that_leaves_nothing_is_that_request_s_error_alone(llm):
     assert tuple(token for delta in stream for token in delta.token_ids) == llm.generate([IDS], GREEDY)[0].token_ids
 
 
-@pytest.mark.parametrize("speculation", [None, "ngram"])
-def test_a_runtime_without_masks_gives_the_same_tokens(settings_of, speculation):
-    """As the CUDA runtime has none yet; the logits of such requests then come to the host."""
-    runtime = {**RUNTIME, "max_batch": 8, "deterministic": True, "speculation": speculation}
-    asked = [formed(i, form, n=2) for i, form in enumerate([{"json": SCHEMA}, {"regex": REGEXES[1]}])]
-    asked += [seeded(5), seeded(6, temperature=0.0)]
-    with LLM(settings_of(runtime=runtime)) as llm:
-        expected = llm.generate([IDS] * 4, asked)
-        llm._generation.model = HostMasks(llm._generation.model)
-        assert llm.generate([IDS] * 4, asked) == expected
-        assert_idle(llm)
+def test_no_step_with_a_form_is_handed_over_early_and_others_are_again_once_it_has_ended(llm, monkeypatch):
+    asked = [formed(1, {"choice": ["the sand"]}), seeded(5, max_tokens=20)]
+    expected = llm.generate([IDS] * 2, asked)
+    model, steps = llm._generation.model, []
+    submit = model.submit
+
+    def watched(batch, rows, after=None):
+        steps.append((any(row.allowed is not None for row in rows), after is not None))
+        return submit(batch, rows, after)
+
+    monkeypatch.setattr(model, "submit", watched)
+    monkeypatch.setattr(model, "runs_ahead", True)
+    assert llm.generate([IDS] * 2, asked) == expected
+    assert steps[:8] == [(True, False)] * 8
+    assert not any(masked for masked, _ in steps[8:])
+    assert sum(early for _, early in steps) >= 10
 
 
 def test_min_tokens_and_ignore_eos_contradict_a_form():

@@ -50,7 +50,6 @@ class CpuModel:
     """
 
     runs_ahead = False
-    masks = True  # answers to SamplingRow.allowed
 
     def __init__(
         self,

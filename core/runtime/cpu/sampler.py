@@ -16,13 +16,14 @@ beside it. All arithmetic after the logits is float64. In this order:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import PolyheadError, RequestError
+from ...errors import RequestError
 from ..contract import SampledToken, SamplingRow
+from ..masks import as_flags, ask
 from ..philox import uniform
 from ..sampling_errors import bad_logits, nothing_left
 
@@ -126,7 +127,7 @@ def _adjust(x: Floats, index: int, row: SamplingRow) -> None:
         ids = _in_vocabulary("logit_bias", row.logit_bias.keys(), len(x))
         x[ids] += np.fromiter(row.logit_bias.values(), np.float64, len(ids))
     if row.allowed is not None:
-        x[~_allowed(row.allowed, index, len(x))] = -np.inf
+        x[~as_flags(ask(row.allowed, index, len(x)), len(x))] = -np.inf
     if row.repetition != 1.0:
         seen = _in_vocabulary("the prompt or output", {*row.prompt_ids, *row.output_ids}, len(x))
         values = x[seen]
@@ -135,19 +136,6 @@ def _adjust(x: Floats, index: int, row: SamplingRow) -> None:
         output = _in_vocabulary("the output", row.output_ids, len(x))
         ids, counts = np.unique(output, return_counts=True)
         x[ids] -= row.presence + row.frequency * counts
-
-
-def _allowed(mask: Callable[[], NDArray[np.int32]], index: int, vocab: int) -> NDArray[np.bool_]:
-    """Which tokens may be chosen, bool [vocab]."""
-    try:
-        words = mask()
-    except PolyheadError as error:
-        error.row = index
-        raise
-    if words.dtype != np.int32 or words.shape != (-(-vocab // 32),):
-        raise ValueError(f"a mask of {words.dtype} {words.shape} does not go with {vocab} logits")
-    little = np.ascontiguousarray(words, "<i4")  # whose bytes hold the bits in order
-    return np.unpackbits(little.view(np.uint8), count=vocab, bitorder="little").view(np.bool_)
 
 
 def _in_vocabulary(where: str, token_ids: Iterable[int], vocab: int) -> Ids:

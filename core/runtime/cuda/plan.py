@@ -8,6 +8,7 @@ from dataclasses import replace
 from ...arch import Decoder, Rope
 from ...errors import CapacityError, ConfigError
 from ..contract import RuntimeOptions, WeightSource
+from ..masks import mask_words
 from ..memory import MemoryPlan, plan_memory
 from ..modules import matrix_specs
 from ..program import Apply, Attend, Program, Project, lower
@@ -130,9 +131,7 @@ def _plan_as_asked(
     workspace = program.workspace(options.max_tokens, rows, narrow_bytes=2).size + scratch_bytes(
         program, types, options, sms
     )
-    sampler = rows * (ROW.itemsize + 4 * TOPS + 16) + sampling_scratch(rows, decoder.vocab)
-    sampler += 12 * BIASES * rows
-    workspace += 2 * sampler  # one for the step under way, one for the next
+    workspace += 2 * sampler_bytes(rows, decoder.vocab)  # one for the step under way, one for the next
     spare_block = options.block_size * token_bytes
 
     def context_bytes(context: int) -> int:
@@ -184,6 +183,12 @@ def scratch_bytes(program: Program, types: Callable[[str], str], options: Runtim
         elif isinstance(step, Attend):
             need = max(need, attention.scratch_bytes(step.attention, options.max_batch, sms))
     return need
+
+
+def sampler_bytes(rows: int, vocab: int) -> int:
+    """Bytes of a sampler's arrays, but for the tokens that penalties count, which depend on the context."""
+    row = ROW.itemsize + 4 + 8 + 4 * TOPS + 12 * min(BIASES, vocab) + 4 * mask_words(vocab)  # 4 a token, 8 its result
+    return rows * row + sampling_scratch(rows, vocab)
 
 
 def most_seen(rows: int, vocab: int, context: int) -> int:

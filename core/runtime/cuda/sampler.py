@@ -7,20 +7,22 @@ within 1e-6 of a cumulative weight. Knows nothing of requests, batches or models
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import DeviceError, RequestError
+from ...errors import DeviceError, PolyheadError, RequestError
 from ..contract import SampledToken, SamplingRow
+from ..masks import mask_words
 from ..sampling_errors import bad_logits, nothing_left
 from .context import Context
 from .memory import Array, HostBuffer, Pool
 from .ops.sample import BANNED, INFINITE, NAN, OK, ROW, TOP, TOPS, SampleArrays, sample, scratch_bytes
 from .sampling_lists import BiasLists, SeenLists
+from .sampling_masks import MaskLists
 
 _COLDEST = 1e-300  # below it 1 / temperature is not finite; long before, only the highest logit has any weight
 _BIASES = 1_536  # a row's share by default: what a user may give, and the stop tokens that min_tokens bans
@@ -75,6 +77,7 @@ class Sampler:
             seen_counts=pool.array(max_seen, "i32"),
             bias_ids=pool.array(biases, "i32"),
             bias_values=pool.array(biases, "i64"),
+            masks=pool.array((max_rows, mask_words(vocab)), "u32"),
             recent=(tokens := pool.array(max_rows, "i32", zero=True)),
             tokens=tokens,
             results=pool.array((max_rows, 2), "i32", zero=True),
@@ -88,6 +91,7 @@ class Sampler:
         arrays = self._arrays
         self._biases = BiasLists(ctx.device, self._staging, arrays.bias_ids, arrays.bias_values, vocab)
         self._seen = SeenLists(ctx.device, self._staging, arrays.seen_ids, arrays.seen_counts, vocab)
+        self._masks = MaskLists(ctx.device, self._staging, arrays.masks, vocab)
 
     @property
     def tokens(self) -> Array:
@@ -108,13 +112,15 @@ class Sampler:
 
         ``recent``: the rows are those of the last launch, and their ``output_ids`` lack the token it chose, which the
         host may not know yet; the device counts it. A row's ``output_ids`` may grow between calls, or be another
-        object; other content in the same object is not noticed. Raises RequestError for a token id outside the
-        vocabulary or more log-probabilities than the kernels report, CapacityError for lists that are too long.
+        object; other content in the same object is not noticed. Masks are asked for here, while the device computes
+        the logits. Raises RequestError for a token id outside the vocabulary or more log-probabilities than the
+        kernels report, CapacityError for lists that are too long, ValueError for a mask of another type or shape.
         """
         if len(rows) > self.max_rows:
             raise DeviceError(f"{len(rows)} rows to sample exceed the sampler's {self.max_rows}")
         biases = self._biases.update(rows)
         seen = self._seen.update(rows)
+        masks = self._masks.update(rows)
         records = [
             (
                 1.0 / max(row.temperature, _COLDEST) if row.temperature > 0.0 else 0.0,
@@ -124,6 +130,7 @@ class Sampler:
                 row.presence,
                 row.frequency,
                 row.seed,
+                masks[index],
                 row.position,
                 recent,
                 min(row.top_k, self.vocab),
@@ -158,13 +165,14 @@ class Sampler:
     def collect(self, rows: Sequence[SamplingRow], *, waited: bool = False) -> list[SampledToken]:
         """Waits for the launch, unless the caller has ``waited`` for it, and returns the tokens of its rows.
 
-        Raises DeviceError for a row with NaN, +inf or nothing but -inf, RequestError if a bias bans every token.
+        Raises DeviceError for a row with NaN, +inf or nothing but -inf, RequestError if bias and mask ban every token,
+        and what a row's ``allowed`` raised, with ``row`` set.
         """
         if not waited:
             self._ctx.device.synchronize()
         ids, statuses = self._results[: len(rows)].T.tolist()
-        if any(statuses):
-            _raise_status(statuses, rows)
+        if any(statuses) or self._masks.errors:
+            _raise_first(statuses, self._masks.errors, rows)
         return [
             SampledToken(ids[index]) if row.logprobs is None else _with_logprobs(ids[index], self._tops[index])
             for index, row in enumerate(rows)
@@ -200,9 +208,13 @@ def _with_logprobs(token: int, words: NDArray[np.int32]) -> SampledToken:
     return SampledToken(token, float(logits[2]) - normaliser, top)
 
 
-def _raise_status(statuses: Sequence[int], rows: Sequence[SamplingRow]) -> None:
+def _raise_first(statuses: Sequence[int], masks: Mapping[int, PolyheadError], rows: Sequence[SamplingRow]) -> None:
+    """Raises what the CPU's sampler would: bad logits of any row come before what bans all of a row's tokens."""
     for index, status in enumerate(statuses):
         if status not in (OK, BANNED):
             raise bad_logits({NAN: "NaN", INFINITE: "+inf"}.get(status, "only -inf"), index, rows[index])
-    index = statuses.index(BANNED)
-    raise nothing_left(index, rows[index])
+    for index, status in enumerate(statuses):
+        if index in masks:
+            raise masks[index]
+        if status == BANNED:
+            raise nothing_left(index, rows[index])

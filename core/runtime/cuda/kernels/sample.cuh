@@ -1,4 +1,4 @@
-// What the sampling kernels share: the layout of their data, sums over a block, and a row's values with bias and
+// What the sampling kernels share: the layout of their data, sums over a block, and a row's values with bias, mask and
 // penalties. cpu/sampler.py says what is computed. Knows nothing of requests or models.
 //
 // The one idea: weights exp((x - highest) / T) are rounded to multiples of 2^-39 and summed as integers. Integer sums
@@ -31,6 +31,7 @@ struct Params {  // one row's SamplingRow; lists are ranges of arrays that all r
   double cooling;  // 1 / temperature; 0: greedy
   double top_p, min_p, repetition, presence, frequency;
   u64 seed;
+  long long mask_start;  // in words; less than 0: every token may be chosen
   int position;
   int counts_recent;  // recent[row] is one more token of the output, not yet in the lists
   int top_k, logprobs;
@@ -68,11 +69,12 @@ static_assert(sizeof(Params) == PH_PARAMS_BYTES && sizeof(Row) == PH_ROW_BYTES &
 #define PH_SAMPLE_PARAMETERS                                                                                         \
   const float *__restrict__ logits, int vocab, const Params *__restrict__ params, const int *__restrict__ seen_ids, \
       const int *__restrict__ seen_counts, const int *__restrict__ bias_ids, const double *__restrict__ bias_values, \
-      const int *recent, char *state, long long stride, int *tokens, int *results, int *tops
+      const u32 *__restrict__ masks, const int *recent, char *state, long long stride, int *tokens, int *results,    \
+      int *tops
 #define PH_SAMPLE_TASK                                                                                              \
   Task {                                                                                                            \
     logits + (size_t)blockIdx.y * vocab, vocab, params + blockIdx.y, seen_ids, seen_counts, bias_ids, bias_values,  \
-        recent + blockIdx.y, (Row *)(state + (size_t)blockIdx.y * stride),                                          \
+        masks, recent + blockIdx.y, (Row *)(state + (size_t)blockIdx.y * stride),                                   \
         (Chunk *)(state + (size_t)blockIdx.y * stride + sizeof(Row)), tokens + blockIdx.y, results + 2 * blockIdx.y \
   }
 #define PH_SAMPLE_KERNEL(name) extern "C" __global__ void __launch_bounds__(BLOCK, PER_SM) name(PH_SAMPLE_PARAMETERS)
@@ -83,6 +85,7 @@ struct Task {
   const Params *params;
   const int *seen_ids, *seen_counts, *bias_ids;
   const double *bias_values;
+  const u32 *masks;
   const int *recent;
   Row *row;
   Chunk *chunks;
@@ -219,13 +222,14 @@ __device__ inline double *shared_values() {  // a chunk's, for what has no room 
   return value;
 }
 
-// Bias and penalties. Every block of a row reads the whole lists, which are not sorted, and applies what is its own.
+// Bias, mask and penalties. Every block of a row reads the whole lists, which are not sorted, and applies its own part.
 __device__ inline void adjust(const Task &task, int chunk, double (&x)[ITEMS]) {
   const Params &p = *task.params;
   const bool penalised = p.repetition != 1.0 || p.presence != 0.0 || p.frequency != 0.0;
   const int seen = penalised ? p.seen_count : 0;
   const int recent = penalised && p.counts_recent ? *task.recent : -1;
-  if (p.bias_count == 0 && seen == 0 && recent < 0) return;
+  const bool masked = p.mask_start >= 0;
+  if (p.bias_count == 0 && !masked && seen == 0 && recent < 0) return;
   double *value = shared_values();
   const int first = chunk * CHUNK;
 #pragma unroll
@@ -236,6 +240,15 @@ __device__ inline void adjust(const Task &task, int chunk, double (&x)[ITEMS]) {
     if (at < (u32)CHUNK) value[at] = __dadd_rn(value[at], task.bias_values[p.bias_start + k]);
   }
   __syncthreads();
+  if (masked) {
+    const u32 *words = task.masks + p.mask_start;
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {  // a warp's 32 tokens are one word
+      const int id = token_id(chunk, i);
+      if (id < task.vocab && !(__ldg(words + id / 32) >> id % 32 & 1)) value[i * BLOCK + threadIdx.x] = -infinity();
+    }
+    __syncthreads();
+  }
   int found = 0;
 #pragma unroll 4
   for (int k = threadIdx.x; k < seen; k += BLOCK) {

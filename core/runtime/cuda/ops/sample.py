@@ -12,13 +12,15 @@ from types import MappingProxyType
 import numpy as np
 
 from ....errors import DeviceError
+from ...masks import mask_words
 from ..context import Context
 from ..memory import Array
 from ..variants import Variant
 
 #: One row's parameters; the kernels' Params. Field by field:
 #: cooling: 1 / temperature, 0 for greedy. counts_recent: 1 if recent[row] counts as one more token of the output.
-#: top_k 0: off. logprobs -1: none. The lists are ranges of the arrays that all rows share.
+#: mask_start: where its mask begins in ``masks``, in words; -1: none. top_k 0: off. logprobs -1: none. The lists are
+#: ranges of the arrays that all rows share.
 ROW = np.dtype(
     [
         ("cooling", "f8"),
@@ -28,6 +30,7 @@ ROW = np.dtype(
         ("presence", "f8"),
         ("frequency", "f8"),
         ("seed", "u8"),
+        ("mask_start", "i8"),
         ("position", "i4"),
         ("counts_recent", "i4"),
         ("top_k", "i4"),
@@ -86,8 +89,9 @@ class SampleArrays:
     """What the kernels read and write, for up to R rows.
 
     Read: ``rows`` u8 [R, ROW.itemsize]; ``seen_ids`` and ``seen_counts`` i32, distinct token ids of a generation and
-    how often each is in its output; ``bias_ids`` i32 and ``bias_values`` i64 (the bits of float64); ``recent`` i32 [R],
-    see ROW; it may be ``tokens`` itself. Written: ``tokens`` i32 [R]; ``results`` i32 [R, 2], token and status;
+    how often each is in its output; ``bias_ids`` i32 and ``bias_values`` i64 (the bits of float64); ``masks`` u32
+    [R, mask_words(vocab)], bit t % 32 of a mask's word t // 32 set where token t may be chosen; ``recent`` i32 [R], see
+    ROW; it may be ``tokens`` itself. Written: ``tokens`` i32 [R]; ``results`` i32 [R, 2], token and status;
     ``tops`` i32 [R, TOPS], see sample_logprobs.cu. ``scratch`` u8 [scratch_bytes(R, vocab)], zero before its first use.
     """
 
@@ -96,6 +100,7 @@ class SampleArrays:
     seen_counts: Array
     bias_ids: Array
     bias_values: Array
+    masks: Array
     recent: Array
     tokens: Array
     results: Array
@@ -135,6 +140,7 @@ def sample(
         arrays.seen_counts,
         arrays.bias_ids,
         arrays.bias_values,
+        arrays.masks,
         arrays.recent,
         arrays.scratch,
         np.int64(_stride(vocab)),
@@ -161,6 +167,7 @@ def _check(logits: Array, arrays: SampleArrays, filters: int) -> None:
         raise DeviceError(f"sample has two filters, top-k and top-p, not {filters}")
     wanted = {
         "rows": ("u8", (ROW.itemsize,)),
+        "masks": ("u32", (mask_words(vocab),)),
         "recent": ("i32", ()),
         "tokens": ("i32", ()),
         "results": ("i32", (2,)),
