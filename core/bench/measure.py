@@ -74,7 +74,7 @@ def measure(
     repeats: int = 5,
     tick: Callable[[int, int, str], None] = lambda done, total, remark: None,
 ) -> Report:
-    """Runs every case ``repeats`` times after one run that is not counted.
+    """Runs every case ``repeats`` times after runs that are not counted: a prompt twice, and a little decoding.
 
     Raises RequestError for a case beyond the plan's context or batch, CapacityError where the KV cache is too small.
     """
@@ -137,10 +137,12 @@ class _Bench:
         )
 
     def warm_up(self) -> None:
-        """Fills the context up to the depth, and runs a little of the case."""
+        """Fills the context up to the depth, and runs a little of the case, or a prompt twice: on a GPU, what is done a
+        second time is captured in a graph."""
         self._prefill(0, self.case.depth)
         if self.case.kind == "pp":
-            self._prefill(self.case.depth, self.case.context)
+            for _ in range(2):
+                self._prefill(self.case.depth, self.case.context)
         else:
             self._decode(min(4, self.case.tokens))
 

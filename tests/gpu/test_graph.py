@@ -7,6 +7,7 @@ import pytest
 from polyhead.errors import DeviceError
 from polyhead.runtime.cuda.context import Context
 from polyhead.runtime.cuda.graph import Graph
+from polyhead.runtime.cuda.graphs import Graphs
 from polyhead.runtime.cuda.memory import HostBuffer
 
 pytestmark = pytest.mark.gpu
@@ -94,3 +95,27 @@ def test_a_closed_graph_is_an_error(ctx, put) -> None:
     graph.close()
     with pytest.raises(DeviceError, match="the decode graph is closed"):
         graph.launch()
+
+
+def test_graphs_keep_those_used_last(ctx, put, get) -> None:
+    x, count = put(np.zeros(1, np.float32)), put(np.ones(1, np.int32))
+    graphs, launches = Graphs(ctx, 2), []
+
+    def run(key: str) -> None:
+        def work() -> None:
+            launches.append(key)
+            _steps(ctx, x, count, 1)
+
+        graphs.run(key, f"graph {key}", work)
+
+    for key in "aabbaa":  # launched, captured, and the last two replayed
+        run(key)
+    assert ("".join(launches), len(graphs)) == ("aabb", 2)
+    for key in "ccab":  # c takes the place of b, which was used before a
+        run(key)
+    assert ("".join(launches), len(graphs)) == ("aabbccb", 2)
+    expected = 0.0
+    for _ in range(10):
+        expected = expected * 0.5 + 1
+    assert get(x)[0] == np.float32(expected)
+    graphs.clear()

@@ -195,10 +195,37 @@ def test_graphs_equal_launches_one_by_one(name, parts):
     )
     model = cuda_model(decoder, weights)
     runs = [model.logits(batch) for _ in range(4)]  # launched, captured, replayed, replayed
-    assert len(model._graphs) == 1
+    assert len(model._decodes) == 1
     model.close()
     for other in runs[1:]:
         np.testing.assert_array_equal(runs[0], other)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2-tied", "llama-q4_k", "llama-q8_0"])
+@pytest.mark.parametrize("length", [13, 40])
+def test_prompts_of_one_length_share_a_graph_and_equal_launches_one_by_one(name, length, parts):
+    """Where a second sequence of one token stands in front, decode's attention is part of the graph."""
+    decoder, weights = parts(name)
+    rng = np.random.default_rng(length)
+    batches = [
+        Batch(
+            tokens=rng.integers(0, decoder.vocab, length + 1).astype(np.int32),
+            positions=np.array([0, *range(length)], np.int32),
+            query_start=np.array([0, 1, length + 1], np.int32),
+            context_lens=np.array([1, length], np.int32),
+            block_tables=np.array([[0, 0, 0, 0, 0], rng.permutation(5) + 1], np.int32),
+            logit_rows=np.array([0, length], np.int32),
+        )
+        for _ in range(4)
+    ]
+    model = cuda_model(decoder, weights)
+    found = [model.logits(batch) for batch in batches]  # launched, captured, replayed, replayed
+    assert len(model._others) == 1
+    model.close()
+    for batch, logits in zip(batches, found, strict=True):
+        fresh = cuda_model(decoder, weights)
+        np.testing.assert_array_equal(fresh.logits(batch), logits)
+        fresh.close()
 
 
 def test_canaries_around_the_workspace_stay_intact(parts):

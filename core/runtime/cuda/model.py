@@ -1,4 +1,4 @@
-"""CudaModel: a program carried out on a GPU. Decode steps replay a graph; other steps are launched one by one."""
+"""CudaModel: a program carried out on a GPU. A step of a shape that was seen before replays a graph."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..program import (
 from ..rope import tables
 from .blas import Blas
 from .context import Context
-from .graph import Graph
+from .graphs import Graphs
 from .inputs import Inputs, View
 from .kv_cache import KVCache
 from .memory import Array, Pool
@@ -32,6 +32,8 @@ from .staging import Progress
 from .steps import Steps
 from .weights import CudaWeights
 
+# Decodes come in buckets, of which there are few; other steps seldom repeat, but for chunks of long prompts.
+_MOST_DECODES, _MOST_OTHERS = 256, 32
 _LEAST_BLOCKS = 16  # of a block table's row in a graph; more come in powers of two
 
 
@@ -83,8 +85,7 @@ class CudaModel:
         except BaseException:
             ctx.close()
             raise
-        self._graphs: dict[tuple[int, int], Graph] = {}
-        self._warm: set[tuple[int, int]] = set()
+        self._decodes, self._others = Graphs(ctx, _MOST_DECODES), Graphs(ctx, _MOST_OTHERS)
 
     def logits(self, batch: Batch) -> NDArray[np.float32]:
         """Runs a step: float32 [M, vocab]. Raises RequestError for a batch beyond the plan."""
@@ -129,7 +130,8 @@ class CudaModel:
         """Returns all memory of the device. Safe to call twice."""
         if not self._ctx.device.closed:
             self._ctx.device.activate()
-        self._graphs.clear()
+        self._decodes.clear()
+        self._others.clear()
         self._ctx.close()
 
     def _allocate(self, types: Callable[[str], str], options: RuntimeOptions) -> None:
@@ -184,17 +186,13 @@ class CudaModel:
                 raise RequestError(f"{len(batch.tokens)} sequences cannot follow {len(after.rows)}")
             count = len(after.rows)
             self._ctx.device.copy(after.sampler.tokens.slice_rows(0, count), view.tokens.slice_rows(0, count))
-        key = (view.sequences_count, view.block_tables.shape[1])
-        if not view.decode:
-            self._run(view)
-        elif key in self._graphs:
-            self._graphs[key].launch()
-        elif key not in self._warm:
-            self._run(view)  # loads kernels and plans products, which a capture cannot
-            self._warm.add(key)
+        width = view.block_tables.shape[1]
+        if view.decode:
+            key: tuple[int, ...] = (view.sequences_count, width)
+            self._decodes.run(key, f"decode graph for {view.sequences_count} sequences", lambda: self._run(view))
         else:
-            self._graphs[key] = Graph(self._ctx, lambda: self._run(view), f"decode graph for {key[0]} sequences")
-            self._graphs[key].launch()
+            key = (view.count, view.sequences_count, view.rows, width, view.tiles.shape[0], view.singles)
+            self._others.run(key, f"graph of a step of {view.count} tokens", lambda: self._run(view))
         return view
 
     def _run(self, view: View, observe: Callable[[str, Array], None] | None = None) -> None:

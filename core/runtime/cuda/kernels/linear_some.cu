@@ -104,11 +104,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PH_CTAS)
       for (int i = 0; i < ph_div_up(TILES, ROW_WARPS); ++i) {
         const int token = 8 * (i * ROW_WARPS + row_warp) + g;
         if (TILES % ROW_WARPS == 0 || token < TOKENS) {
-          const act_t* from = x + (i64)min(token, tokens - 1) * cols + column;
+          const bool there = token < tokens;
+          const act_t* from = x + (there ? (i64)token * cols + column : 0);
           u8* to = ring + fill_slot * STAGE + 64 * token + ((16 * t) ^ ((token & 2) << 4));
 #pragma unroll
           for (int j = 0; j < GROUPS; ++j) {
-            const bool inside = EVEN || column + 32 * j < cols;
+            const bool inside = there && (EVEN || column + 32 * j < cols);
             ph_cp_async16(to + j * GROUP_BYTES, inside ? from + 32 * j : x, inside);
           }
         }

@@ -8,7 +8,8 @@
 //
 // x comes in the order in which it is multiplied: gather_wide.cu has laid it out, for each PH_TOKENS tokens and each group
 // of 32 columns, as four planes (step, half of a step) of [token][8]. So one bulk copy brings a stage in, PH_STAGE_GROUPS
-// groups, and a plane is a column of core matrices. A K group's first thread keeps its ring of stages full.
+// groups, and a plane is a column of core matrices. One more warpgroup does nothing but that: a thread for each K group
+// keeps its ring of stages full, and gives its registers to those who compute.
 
 #include "linear.cuh"
 #include "scaled.cuh"
@@ -18,10 +19,15 @@
 constexpr int N = PH_TOKENS, TILES = N / 8, ROW_GROUPS = PH_ROW_GROUPS, K_GROUPS = PH_GROUPS / ROW_GROUPS;
 constexpr int PLANE = 16 * N, GROUPS = PH_STAGE_GROUPS, STAGE = 4 * GROUPS * PLANE, RING = PH_RING;
 constexpr int PART_TOKENS = 32;  // that are summed and stored at a time
+// Registers of a thread that brings in and of one that computes: together no more than all begin with, or they would wait
+// for ever for what nobody gives.
+constexpr int GIVEN = PH_GROUPS == 2 ? 40 : 32, TAKEN = PH_GROUPS == 2 ? 232 : PH_GROUPS == 3 ? 160 : 112;
+static_assert(PH_GROUPS >= 2 && PH_GROUPS <= 4 &&
+              PH_GROUPS * TAKEN + GIVEN <= (PH_GROUPS + 1) * (65536 / (128 * (PH_GROUPS + 1)) / 8 * 8));
 #endif
-constexpr int THREADS = 128 * PH_GROUPS;
+constexpr int THREADS = 128 * PH_GROUPS;  // that compute
 
-extern "C" __global__ void __launch_bounds__(THREADS, PH_CTAS)
+extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
     ph_linear_wide(const u8* weights, const u8* x, out_t* out, const float* bias, int tokens, int rows, int cols,
                    i64 tile_bytes, i64 ld, float scale, int accumulate) {
 #ifdef PH_WGMMA
@@ -34,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PH_CTAS)
   const int first = (int)((i64)blockIdx.x * all / gridDim.x);
   const int count = (int)((i64)(blockIdx.x + 1) * all / gridDim.x) - first;
   const int passes = ph_div_up(count, 4 * ROW_GROUPS);
-  const int own = k_group < units ? ph_div_up(units - k_group, K_GROUPS) : 0;  // units of a pass
+  auto units_of = [&](int k) { return k < units ? ph_div_up(units - k, K_GROUPS) : 0; };  // in a pass
   const int token0 = N * blockIdx.y;
   tokens = min(tokens - token0, N);
 
@@ -46,6 +52,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, PH_CTAS)
     ph_barriers_ready();
   }
   __syncthreads();
+
+  if (threadIdx.x >= THREADS) {  // ---- activations: stages of the passes, one after the other
+    ph_give_registers<GIVEN>();
+    const int k = warp - 4 * PH_GROUPS;
+    ph_wait_for_inputs();
+    ph_let_next_begin();
+    if (k >= K_GROUPS || lane != 0) return;
+    const u8* const from = x + (i64)blockIdx.y * 8 * units * (STAGE / GROUPS);
+    const int own = units_of(k);
+    int slot = 0;
+    u32 phase = 1;  // the ring is empty at first
+    for (int pass = 0; pass < passes; ++pass)
+      for (int n = 0; n < own; ++n)
+        for (int j = 0; j < 8; j += GROUPS) {
+          ph_barrier_wait(&empty[k][slot], phase);
+          ph_expect_bytes(&full[k][slot], STAGE);
+          ph_bulk_copy(reinterpret_cast<u8*>(dynamic) + (k * RING + slot) * STAGE,
+                       from + (i64)(8 * (k + K_GROUPS * n) + j) * (STAGE / GROUPS), STAGE, &full[k][slot]);
+          if (++slot == RING) slot = 0, phase ^= 1;
+        }
+    return;
+  }
+  ph_take_registers<TAKEN>();
+  const int own = units_of(k_group);
 
   // ---- weights: where the loads go on
   auto begin_of = [&](int pass) { return first + pass * count / passes; };
@@ -63,31 +93,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, PH_CTAS)
   to_next();
   if (source != nullptr) load_unit(q, source, lane, next_vectors);
   to_next();
-
-  // ---- activations: stages of the passes, one after the other
-  u8* const ring = reinterpret_cast<u8*>(dynamic) + k_group * RING * STAGE;
-  const bool leader = threadIdx.x == 128 * ROW_GROUPS * k_group;
-  x += (i64)blockIdx.y * 8 * units * (STAGE / GROUPS);
-  const int stages = passes * own * (8 / GROUPS);
-  int filled = 0, fill_unit = k_group, fill_group = 0, fill_slot = 0;
-  u32 fill_phase = 1;  // the ring is empty at first
-  auto fill = [&] {
-    if (!leader || filled >= stages) return;
-    ph_barrier_wait(&empty[k_group][fill_slot], fill_phase);
-    ph_expect_bytes(&full[k_group][fill_slot], STAGE);
-    const u8* from = x + (i64)(8 * fill_unit + fill_group) * (STAGE / GROUPS);
-    ph_bulk_copy(ring + fill_slot * STAGE, from, STAGE, &full[k_group][fill_slot]);
-    ++filled, fill_group += GROUPS;
-    if (fill_group == 8) {
-      fill_group = 0, fill_unit += K_GROUPS;
-      if (fill_unit >= units) fill_unit = k_group;
-    }
-    if (++fill_slot == RING) fill_slot = 0, fill_phase ^= 1;
-  };
   ph_wait_for_inputs();
   ph_let_next_begin();
-  for (int s = 0; s < RING - 2; ++s) fill();
 
+  const u8* const ring = reinterpret_cast<const u8*>(dynamic) + k_group * RING * STAGE;
   const Store store{out, bias, scale, accumulate};
   int slot = 0;
   u32 phase = 0;
@@ -128,7 +137,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, PH_CTAS)
         ph_keep(a[(i + 1) & 1]);
         if (used != nullptr && lane == 0) ph_arrive(used);
         used = &empty[k_group][slot];
-        fill();  // what was used two stages ago, so that nobody is waited for
         if (++slot == RING) slot = 0, phase ^= 1;
       }
       to_next();
@@ -142,12 +150,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, PH_CTAS)
 #pragma unroll
     for (int n0 = 0; n0 < TILES; n0 += PART_TOKENS / 8) {
       if (8 * n0 >= tokens) break;
-      __syncthreads();
+      ph_sync_some(1, THREADS);
 #pragma unroll
       for (int n8 = 0; n8 < PART_TOKENS / 8; ++n8)
 #pragma unroll
         for (int e = 0; e < 4; ++e) part[warp][g + 8 * (e >> 1)][8 * n8 + 2 * t + (e & 1)] = acc[n0 + n8][e];
-      __syncthreads();
+      ph_sync_some(1, THREADS);
       const int columns = min(tokens - 8 * n0, PART_TOKENS);
       for (int i = threadIdx.x; i < 64 * ROW_GROUPS * columns; i += THREADS) {
         const int row = i & 15, w = (i >> 4) % (4 * ROW_GROUPS), column = (i >> 4) / (4 * ROW_GROUPS);

@@ -37,7 +37,7 @@ def activate(ctx: Context, src: Array, out: Array, kind: Activation, gated: bool
     ``out`` is [N, size], ``src`` [N, size] or [N, 2 · size], both f16 or both bf16. ``out`` may be ``src`` where not
     gated. Raises DeviceError for shapes that do not go together.
     """
-    expect("activate", kind in ACTIVATIONS, f"{kind!r} is none of {', '.join(ACTIVATIONS)}")
+    expect("activate", kind in ACTIVATIONS, lambda: f"{kind!r} is none of {', '.join(ACTIVATIONS)}")
     expect_array("activate", "out", out, HALVES, (None, None))
     rows, size = out.shape
     expect_array("activate", "src", src, (out.dtype,), (rows, 2 * size if gated else size))

@@ -148,7 +148,7 @@ def attend_decode(
     op = "attend_decode"
     _check(op, qkv, k_cache, v_cache, scales, out, context_lens, block_tables, spec)
     rows, reach = context_lens.size, block_tables.shape[1] * k_cache.shape[2]
-    expect(op, qkv.shape[0] == rows, f"{rows} sequences, but qkv is {qkv}: one row for each is expected")
+    expect(op, qkv.shape[0] == rows, lambda: f"{rows} sequences, but qkv is {qkv}: one row for each is expected")
     expect_array(op, "positions", positions, ("i32",), (rows,))
     vectors = head_vectors(op, spec, turn, norms)
     if rows == 0 or reach == 0:
@@ -158,12 +158,12 @@ def attend_decode(
         plan = choose_plan(spec, rows, device.sms, device.shared_limit, value_bytes, fixed=fixed_split)
     parts, group = attention_plan.parts(spec)
     blocks, splits = spec.kv_heads * parts, plan.splits(spec, reach)
-    expect(op, plan.least >= 16 and splits <= attention_plan.MAX_SPLITS, f"{plan} cannot be added up")
+    expect(op, plan.least >= 16 and splits <= attention_plan.MAX_SPLITS, lambda: f"{plan} cannot be added up")
     needed = rows * blocks * splits * attention_plan.partial_bytes(spec)
-    expect(op, splits == 1 or scratch.nbytes >= needed, f"scratch is {scratch}, {needed:,} bytes are needed")
+    expect(op, splits == 1 or scratch.nbytes >= needed, lambda: f"scratch is {scratch}, {needed:,} bytes are needed")
     expect(op, scratch.ptr % 16 == 0, "scratch must begin at a multiple of 16 bytes")
     expect_array(op, "counters", counters, ("i32",), (None,))
-    expect(op, counters.size >= rows * blocks, f"counters are {counters}, {rows * blocks} are needed")
+    expect(op, counters.size >= rows * blocks, lambda: f"counters are {counters}, {rows * blocks} are needed")
     windowed, capped = spec.window is not None, spec.softcap is not None
     ctx.launch(
         "attention_decode.cu",
@@ -300,11 +300,15 @@ def _check(
     spec: Attention,
 ) -> None:
     dim = spec.head_dim
-    expect(op, dim % 2 == 0 and dim <= MAX_HEAD_DIM, f"head_dim is {dim}, expected an even number up to {MAX_HEAD_DIM}")
+    expect(
+        op,
+        dim % 2 == 0 and dim <= MAX_HEAD_DIM,
+        lambda: f"head_dim is {dim}, expected an even number up to {MAX_HEAD_DIM}",
+    )
     expect_array(op, "qkv", qkv, HALVES, (None, spec.q_size + 2 * spec.kv_size))
     expect_array(op, "out", out, (qkv.dtype,), (qkv.shape[0], spec.q_size))
     expect_cache(op, k_cache, v_cache, scales, spec.kv_heads, dim)
-    expect(op, k_cache.size // dim < 2**31, f"the cache {k_cache} has 2^31 rows or more")
+    expect(op, k_cache.size // dim < 2**31, lambda: f"the cache {k_cache} has 2^31 rows or more")
     expect_array(op, "context_lens", context_lens, ("i32",), (None,))
     expect_array(op, "block_tables", block_tables, ("i32",), (context_lens.size, None))
     aligned = all(array.ptr % 16 == 0 for array in (qkv, k_cache, v_cache, out))

@@ -29,7 +29,9 @@ def add_bias(ctx: Context, bias: Array, out: Array, column: int, scale: float = 
     expect_array("add_bias", "bias", bias, ("f32",), (None,))
     expect_array("add_bias", "out", out, FLOATS, (None, None))
     rows, width = out.shape
-    expect("add_bias", 0 <= column <= width - bias.size, f"columns {column}:{column + bias.size} are not in {out}")
+    expect(
+        "add_bias", 0 <= column <= width - bias.size, lambda: f"columns {column}:{column + bias.size} are not in {out}"
+    )
     for start in range(0, rows, _MOST_ROWS):
         part = out.slice_rows(start, min(rows, start + _MOST_ROWS))
         grid = (-(-bias.size // _THREADS), part.shape[0], 1)

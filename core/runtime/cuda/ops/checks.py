@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ....errors import DeviceError
 from ..memory import Array
 
@@ -15,10 +17,13 @@ Scales = tuple[Array, Array]
 FLOATS = ("f32", "f16", "bf16")
 
 
-def expect(op: str, true: bool, problem: str) -> None:
-    """Raises DeviceError naming the op and the problem unless ``true``."""
+def expect(op: str, true: bool, problem: str | Callable[[], str]) -> None:
+    """Raises DeviceError naming the op and the problem unless ``true``.
+
+    A problem that names arrays is best given as a function: spelling them out would cost more than the launch.
+    """
     if not true:
-        raise DeviceError(f"{op}: {problem}")
+        raise DeviceError(f"{op}: {problem if isinstance(problem, str) else problem()}")
 
 
 def expect_array(op: str, name: str, array: Array, dtypes: tuple[str, ...], shape: tuple[int | None, ...]) -> None:
@@ -33,6 +38,10 @@ def expect_cache(op: str, k: Array, v: Array, scales: Scales | None, kv_heads: i
     """Raises DeviceError unless K and V [blocks, kv_heads, block_size, head_dim] and their scales go together."""
     expect_array(op, "k_cache", k, (*HALVES, BYTES), (None, kv_heads, None, head_dim))
     expect_array(op, "v_cache", v, (k.dtype,), k.shape)
-    expect(op, (scales is None) == (k.dtype != BYTES), f"the cache is {k}: scales go with {BYTES}, and only with it")
+    expect(
+        op,
+        (scales is None) == (k.dtype != BYTES),
+        lambda: f"the cache is {k}: scales go with {BYTES}, and only with it",
+    )
     for name, array in zip(("k_scales", "v_scales"), scales or (), strict=False):
         expect_array(op, name, array, ("f32",), k.shape[:3])

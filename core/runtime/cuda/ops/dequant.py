@@ -34,14 +34,16 @@ def dequantise(ctx: Context, matrix: Matrix, out: Array, row_start: int = 0) -> 
     for a dense matrix (its data can be used as it is) and for rows that are not there.
     """
     if not isinstance(matrix, QuantMatrix):
-        expect("dequantise", False, f"{matrix} is not quantised")
+        expect("dequantise", False, lambda: f"{matrix} is not quantised")
         return
     expect_array("dequantise", "out", out, FLOATS, (None, matrix.cols))
     rows = out.shape[0]
     expect(
-        "dequantise", 0 <= row_start <= matrix.rows - rows, f"rows {row_start}:{row_start + rows} are not in {matrix}"
+        "dequantise",
+        0 <= row_start <= matrix.rows - rows,
+        lambda: f"rows {row_start}:{row_start + rows} are not in {matrix}",
     )
-    expect("dequantise", out.ptr % 16 == 0, f"out {out} is not aligned to 16 bytes")
+    expect("dequantise", out.ptr % 16 == 0, lambda: f"out {out} is not aligned to 16 bytes")
     if rows == 0:
         return
     count = (row_start + rows - 1) // TILE_ROWS - row_start // TILE_ROWS + 1

@@ -63,7 +63,7 @@ def embed(
         args = (tokens, table.data, out, at, learned, count, table.rows, cols, stride, scale)
         ctx.launch("embed.cu", "ph_embed_tiles", grid, _THREADS, *args, macros=_macros(table.kind))
         return
-    expect("embed", count <= _MOST_TOKENS, f"{count} tokens at once; the most is {_MOST_TOKENS}")
+    expect("embed", count <= _MOST_TOKENS, lambda: f"{count} tokens at once; the most is {_MOST_TOKENS}")
     where = (-(-cols // _THREADS), count, 1)
     dense = (tokens, table.data, out, at, learned, table.rows, cols, scale)
     ctx.launch("embed.cu", "ph_embed_rows", where, _THREADS, *dense, macros=_macros(table.data.dtype))

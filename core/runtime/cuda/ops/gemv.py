@@ -91,12 +91,16 @@ def linear_few(
     expect_array("linear_few", "x", x, HALVES, (None, w.cols))
     expect_array("linear_few", "out", out, FLOATS, (x.shape[0], None))
     width = out.shape[1]
-    expect("linear_few", 0 <= out_column <= width - w.rows, f"{w.rows} columns from {out_column} on are not in {out}")
-    expect("linear_few", out.dtype in ("f32", x.dtype), f"out is {out}, but x {x}")
+    expect(
+        "linear_few",
+        0 <= out_column <= width - w.rows,
+        lambda: f"{w.rows} columns from {out_column} on are not in {out}",
+    )
+    expect("linear_few", out.dtype in ("f32", x.dtype), lambda: f"out is {out}, but x {x}")
     if isinstance(w, DenseMatrix):
-        expect("linear_few", w.data.dtype == x.dtype, f"the weights are {w}, but x {x}")
+        expect("linear_few", w.data.dtype == x.dtype, lambda: f"the weights are {w}, but x {x}")
     else:
-        expect("linear_few", x.ptr % 16 == 0, f"x {x} is not aligned to 16 bytes")
+        expect("linear_few", x.ptr % 16 == 0, lambda: f"x {x} is not aligned to 16 bytes")
     if bias is not None:
         expect_array("linear_few", "bias", bias, ("f32",), (w.rows,))
     run = _tiles if isinstance(w, QuantMatrix) else _rows

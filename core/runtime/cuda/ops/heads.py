@@ -43,7 +43,7 @@ def head_vectors(
         expect_array(op, "cos", turn[0], ("f32",), (None, spec.rope.dim // 2))
         expect_array(op, "sin", turn[1], ("f32",), turn[0].shape)
         vectors = list(turn)
-    expect(op, len(norms) == 2, f"{len(norms)} norms, expected those of q and k")
+    expect(op, len(norms) == 2, lambda: f"{len(norms)} norms, expected those of q and k")
     for name, norm, given in zip(("q_norm", "k_norm"), (spec.q_norm, spec.k_norm), norms, strict=True):
         expect(op, norm == (given and given[0]), f"{name} differs between spec and arguments")
         for vector in given[1:] if given else (None, None):

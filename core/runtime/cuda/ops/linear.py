@@ -1,7 +1,7 @@
 """linear: a projection by whichever way is fastest for its rows: packed weights for few, cuBLAS for many.
 
 For quantised weights the way changes with the rows: kernels that read them packed, up to SOME_ROWS everywhere and
-WIDE_ROWS where the GPU has wgmma, then unpacking for cuBLAS, whose cost does not grow with the rows. Weights of the
+WIDE_ROWS where the GPU has wgmma, then unpacking for cuBLAS, which costs the same whatever the rows. Weights of the
 activations' type are cuBLAS's from two rows on.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ..blas import Blas
 from ..context import Context
-from ..formats import DenseMatrix, Matrix, QuantMatrix
+from ..formats import DenseMatrix, Matrix, QuantMatrix, tiles
 from ..memory import Array
 from .bias import add_bias
 from .dequant import dequantise
@@ -17,8 +17,10 @@ from .gemv import MOST_ROWS, linear_few
 from .linear_some import linear_some
 from .linear_wide import fits_wide, linear_wide, room_bytes
 
-SOME_ROWS = 64
-WIDE_ROWS = 256
+#: Rows up to which packed weights are multiplied by ``linear_some``, and by ``linear_wide`` where the GPU can.
+SOME_ROWS, WIDE_ROWS = 64, 512
+#: Above these rows, matrices with enough tiles for every multiprocessor are better off with the latter.
+_FEWER_ROWS, _TILES = 32, 2.2
 
 
 def linear(
@@ -45,13 +47,16 @@ def linear(
     if count == 1 or invariant or (isinstance(w, QuantMatrix) and x.dtype != "f16" and count <= MOST_ROWS):
         linear_few(ctx, x, w, out, column, bias=bias, accumulate=accumulate, scale=scale, invariant=invariant)
         return
-    if isinstance(w, QuantMatrix) and x.dtype == "f16" and count <= SOME_ROWS:
-        linear_some(ctx, x, w, out, column, bias=bias, accumulate=accumulate, scale=scale)
-        return
-    if isinstance(w, QuantMatrix) and count <= WIDE_ROWS and fits_wide(ctx.device, x):
-        room = scratch.view("u8", room_bytes(count, w.cols))
-        linear_wide(ctx, x, w, out, column, room, bias=bias, accumulate=accumulate, scale=scale)
-        return
+    if isinstance(w, QuantMatrix) and x.dtype == "f16":
+        wide = fits_wide(ctx.device, x)
+        few = _FEWER_ROWS if wide and tiles(w.rows) > _TILES * ctx.device.sms else SOME_ROWS
+        if count <= few:
+            linear_some(ctx, x, w, out, column, bias=bias, accumulate=accumulate, scale=scale)
+            return
+        if wide and count <= WIDE_ROWS:
+            room = scratch.view("u8", room_bytes(count, w.cols))
+            linear_wide(ctx, x, w, out, column, room, bias=bias, accumulate=accumulate, scale=scale)
+            return
     if isinstance(w, DenseMatrix):
         blas.matmul(x, w.data, out, accumulate=accumulate, column=column, scale=scale)
     else:

@@ -102,14 +102,14 @@ def linear_one(
     expect_array(op, "x", x, ("f32",) if norm else HALVES, (1, w.cols))
     expect_array(op, "out", out, FLOATS, (1, None))
     own = w.rows // 2 if gated else w.rows
-    expect(op, 0 <= column <= out.shape[1] - own, f"{own} columns from {column} on are not in {out}")
-    expect(op, x.ptr % 16 == 0, f"x {x} is not aligned to 16 bytes")
+    expect(op, 0 <= column <= out.shape[1] - own, lambda: f"{own} columns from {column} on are not in {out}")
+    expect(op, x.ptr % 16 == 0, lambda: f"x {x} is not aligned to 16 bytes")
     expect(op, activation is None or not (accumulate or scale != 1.0), "an activation is neither scaled nor added")
     expect(op, activation is not None or not gated, "a gate needs an activation")
     act = act if norm else x.dtype
-    expect(op, isinstance(w, QuantMatrix) or w.data.dtype == act, f"the weights are {w}, but x {x} ({act})")
-    expect(op, out.dtype in ("f32", act), f"out is {out}, but x {x}")
-    expect(op, fits(ctx.device, w, normed=norm is not None, gated=gated), f"{w} does not fit the kernel")
+    expect(op, isinstance(w, QuantMatrix) or w.data.dtype == act, lambda: f"the weights are {w}, but x {x} ({act})")
+    expect(op, out.dtype in ("f32", act), lambda: f"out is {out}, but x {x}")
+    expect(op, fits(ctx.device, w, normed=norm is not None, gated=gated), lambda: f"{w} does not fit the kernel")
     for name, vector, size in (("bias", bias, w.rows), *_vectors(norm, w.cols)):
         if vector is not None:
             expect_array(op, name, vector, ("f32",), (size,))

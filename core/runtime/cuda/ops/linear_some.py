@@ -52,7 +52,7 @@ def _variant(kind: str, token_tiles: int, shape: Shape, out: str = "f32") -> Var
 
 
 def shape_for(kind: str, own: float, token_tiles: int) -> Shape:
-    """How blocks work, as measured on an H100: the more tiles a multiprocessor has (``own``), the more warps share tokens.
+    """How blocks work, as measured on an H100: the more tiles a multiprocessor has, the more warps share tokens.
 
     Few tokens leave registers for a second block on each multiprocessor, and room for longer stages.
     """
@@ -101,9 +101,9 @@ def linear_some(
     expect_array(op, "x", x, ("f16",), (None, w.cols))
     expect_array(op, "out", out, FLOATS, (x.shape[0], None))
     width = out.shape[1]
-    expect(op, 0 <= out_column <= width - w.rows, f"{w.rows} columns from {out_column} on are not in {out}")
-    expect(op, out.dtype in ("f32", x.dtype), f"out is {out}, but x {x}")
-    expect(op, x.ptr % 16 == 0, f"x {x} is not aligned to 16 bytes")
+    expect(op, 0 <= out_column <= width - w.rows, lambda: f"{w.rows} columns from {out_column} on are not in {out}")
+    expect(op, out.dtype in ("f32", x.dtype), lambda: f"out is {out}, but x {x}")
+    expect(op, x.ptr % 16 == 0, lambda: f"x {x} is not aligned to 16 bytes")
     if bias is not None:
         expect_array(op, "bias", bias, ("f32",), (w.rows,))
     if not x.shape[0]:

@@ -20,15 +20,14 @@ _GATHER_THREADS = 128
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How blocks work: tokens of each, warpgroups, how many of these stand side by side in rows, groups of 32 columns
-    of a stage, stages of the ring, and blocks of a multiprocessor."""
+    """How blocks work: tokens of each, warpgroups that compute, how many of these stand side by side in rows, groups of
+    32 columns of a stage, stages of the ring."""
 
     tokens: int
     groups: int
     row_groups: int
     stage: int
     ring: int
-    blocks: int
 
 
 @cache
@@ -40,7 +39,6 @@ def _macros(kind: str, shape: Shape, out: str) -> Mapping[str, object]:
         "PH_ROW_GROUPS": shape.row_groups,
         "PH_STAGE_GROUPS": shape.stage,
         "PH_RING": shape.ring,
-        "PH_CTAS": shape.blocks,
         "PH_OUT_F32": out == "f32",
     }
 
@@ -54,26 +52,42 @@ def _variant(kind: str, shape: Shape, out: str = "f32") -> Variant:
     return Variant("linear_wide.cu", ("ph_linear_wide",), _macros(kind, shape, out), hot=True)
 
 
-VARIANTS = (
-    *(_variant(kind, Shape(128, 2, 1, 2, 4, 1)) for kind in FORMATS),
-    *(_variant(kind, Shape(64, 2, 1, 2, 4, 1), "f16") for kind in ("Q4_K", "Q6_K")),
-    *(Variant("gather_wide.cu", ("ph_gather_wide",), _gather_macros(group, 128)) for group in (16, 32)),
-)
-
-
 def fits_wide(device: CudaDevice, x: Array) -> bool:
     """Whether there are the instructions for it, and float16 activations."""
     return device.cc == (9, 0) and x.dtype == "f16" and x.ptr % 16 == 0
 
 
-def shape_for(sms: int, w: QuantMatrix, count: int) -> Shape:
-    """How blocks work on a matrix for ``count`` rows of activations."""
-    return Shape(128 if count > 64 and tiles(w.rows) // 4 * -(-count // 128) >= sms else 64, 2, 1, 2, 4, 1)
+def shape_for(own: float, count: int) -> Shape:
+    """How blocks work on ``count`` rows of activations, as measured on an H100.
+
+    ``own`` is how many tiles a multiprocessor has: where they are few, warpgroups share K out, and fewer tokens to a
+    block make more blocks.
+    """
+    few = own <= 2.2
+    if count <= 64:
+        return Shape(64, 3, 1, 2, 4)
+    if count <= 128:
+        tokens = 96 if count <= 96 else 64 if few else 128
+        groups = (2, 1) if 5 < own <= 30 else (3, 3) if own > 30 else (3, 1)
+        return Shape(tokens, *groups, 2, 4)
+    tokens = 192 if count <= 192 else 256
+    if count <= 256 and few:
+        return Shape(tokens // 2, 3, 1, 2, 4)
+    return Shape(tokens, 2, 1, 1, 6) if few or (count <= 256 and own <= 5) else Shape(tokens, 2, 2, 2, 4)
+
+
+#: All of them.
+SHAPES = tuple(dict.fromkeys(shape_for(own, count) for own in (1, 4, 20, 60) for count in (64, 96, 128, 192, 256, 512)))
+VARIANTS = (
+    *(_variant(kind, shape, "f16") for kind in ("Q4_K", "Q6_K", "Q8_0") for shape in SHAPES),
+    *(_variant(kind, shape_for(20, 128)) for kind in FORMATS),
+    *(Variant("gather_wide.cu", ("ph_gather_wide",), _gather_macros(group, 128)) for group in (16, 32)),
+)
 
 
 def room_bytes(count: int, cols: int) -> int:
     """Scratch for ``count`` rows of activations of ``cols`` columns, rearranged."""
-    return 512 * units(cols) * -(-count // 128) * 128
+    return 512 * units(cols) * max(-(-count // shape.tokens) * shape.tokens for shape in SHAPES)
 
 
 def linear_wide(
@@ -99,15 +113,15 @@ def linear_wide(
     expect_array(op, "x", x, ("f16",), (None, w.cols))
     expect_array(op, "out", out, FLOATS, (x.shape[0], None))
     count, width = x.shape[0], out.shape[1]
-    expect(op, 0 <= out_column <= width - w.rows, f"{w.rows} columns from {out_column} on are not in {out}")
-    expect(op, out.dtype in ("f32", "f16"), f"out is {out}, but x {x}")
-    expect(op, x.ptr % 16 == 0, f"x {x} is not aligned to 16 bytes")
-    expect(op, room.nbytes >= room_bytes(count, w.cols), f"{room} is too little room for {x}")
+    expect(op, 0 <= out_column <= width - w.rows, lambda: f"{w.rows} columns from {out_column} on are not in {out}")
+    expect(op, out.dtype in ("f32", "f16"), lambda: f"out is {out}, but x {x}")
+    expect(op, x.ptr % 16 == 0, lambda: f"x {x} is not aligned to 16 bytes")
+    expect(op, room.nbytes >= room_bytes(count, w.cols), lambda: f"{room} is too little room for {x}")
     if bias is not None:
         expect_array(op, "bias", bias, ("f32",), (w.rows,))
     if not count:
         return
-    shape = shape or shape_for(ctx.device.sms, w, count)
+    shape = shape or shape_for(tiles(w.rows) / ctx.device.sms, count)
     parts = -(-count // shape.tokens)
     padded = parts * shape.tokens
     ctx.launch(
@@ -124,12 +138,12 @@ def linear_wide(
         early=True,
     )
     rows = -(-tiles(w.rows) // (4 * shape.row_groups))
-    grid = max(1, min(rows, ctx.device.sms * shape.blocks // parts))
+    grid = max(1, min(rows, ctx.device.sms // parts))
     ctx.launch(
         "linear_wide.cu",
         "ph_linear_wide",
         (grid, parts, 1),
-        128 * shape.groups,
+        128 * (shape.groups + 1),
         w.data,
         room,
         Array(out.ptr + out_column * out.itemsize, (count, width), out.dtype),

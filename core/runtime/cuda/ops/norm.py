@@ -61,19 +61,23 @@ def normalise(
     size = weight.size
     columns = heads * size
     expect_array("normalise", "weight", weight, ("f32",), (None,))
-    expect("normalise", size > 0 and heads > 0, f"{heads} heads of {size} values")
+    expect("normalise", size > 0 and heads > 0, lambda: f"{heads} heads of {size} values")
     expect_array("normalise", "x", x, FLOATS, (None, columns))
     expect_array("normalise", "out", out, FLOATS, x.shape)
-    expect("normalise", {x.dtype, out.dtype} != {"f16", "bf16"}, f"x is {x}, out {out}: f16 and bf16 do not mix")
+    expect(
+        "normalise", {x.dtype, out.dtype} != {"f16", "bf16"}, lambda: f"x is {x}, out {out}: f16 and bf16 do not mix"
+    )
     if bias is not None:
         expect_array("normalise", "bias", bias, ("f32",), (size,))
     strides = (in_stride or columns, out_stride or columns)
-    expect("normalise", min(strides) >= columns, f"rows of {columns} values cannot begin {min(strides)} apart")
+    expect("normalise", min(strides) >= columns, lambda: f"rows of {columns} values cannot begin {min(strides)} apart")
     if x.shape[0] == 0:
         return
     aligned = all(array.ptr % (4 * array.itemsize) == 0 for array in (x, out, weight, bias) if array is not None)
     vector = 4 if aligned and all(n % 4 == 0 for n in (size, *strides)) else 1
-    expect("normalise", size <= MAX_SIZE[vector], f"a norm over {size} values; the kernel takes {MAX_SIZE[vector]}")
+    expect(
+        "normalise", size <= MAX_SIZE[vector], lambda: f"a norm over {size} values; the kernel takes {MAX_SIZE[vector]}"
+    )
     loads = -(-size // vector)
     # Enough threads that each has a load or two, in whole warps; the sums' order depends on the size only.
     threads = min(_MOST_THREADS, -(-loads // 32) * 32)

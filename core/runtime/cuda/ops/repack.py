@@ -34,10 +34,10 @@ def repack(ctx: Context, kind: str, raw: Array, out: QuantMatrix) -> None:
     Every byte of ``out`` is written, padding as zeros. To load a matrix in parts give slices of it
     (``QuantMatrix.slice_rows``). Raises DeviceError where type, shape or number of bytes disagree.
     """
-    expect("repack", kind == out.kind, f"{kind} blocks do not make {out}")
+    expect("repack", kind == out.kind, lambda: f"{kind} blocks do not make {out}")
     wanted = raw_bytes(kind, out.rows, out.cols)
     expect_array("repack", "raw", raw, ("u8",), raw.shape)
-    expect("repack", raw.nbytes == wanted, f"{out} is {wanted:,} bytes of blocks, not {raw.nbytes:,}")
+    expect("repack", raw.nbytes == wanted, lambda: f"{out} is {wanted:,} bytes of blocks, not {raw.nbytes:,}")
     grid = (tiles(out.rows), -(-units(out.cols) // _WARPS), 1)
     stride = np.int64(out.data.shape[1])
     ctx.launch(

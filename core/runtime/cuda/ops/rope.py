@@ -75,7 +75,7 @@ def store_kv(
     op = "store_kv"
     dim, rows = spec.head_dim, qkv.shape[0]
     total_heads = spec.heads + 2 * spec.kv_heads
-    expect(op, dim % 2 == 0 and dim <= 256, f"head_dim is {dim}, expected an even number up to 256")
+    expect(op, dim % 2 == 0 and dim <= 256, lambda: f"head_dim is {dim}, expected an even number up to 256")
     expect_array(op, "qkv", qkv, HALVES, (None, total_heads * dim))
     expect_cache(op, k_cache, v_cache, scales, spec.kv_heads, dim)
     expect_array(op, "positions", positions, ("i32",), (rows,))

@@ -41,7 +41,9 @@ def gather(ctx: Context, src: Array, rows: Array, out: Array) -> None:
     expect_array("gather", "src", src, FLOATS, (None, None))
     expect_array("gather", "rows", rows, ("i32",), (None,))
     expect_array("gather", "out", out, FLOATS, (rows.size, src.shape[1]))
-    expect("gather", {src.dtype, out.dtype} != {"f16", "bf16"}, f"src is {src}, out {out}: f16 and bf16 do not mix")
+    expect(
+        "gather", {src.dtype, out.dtype} != {"f16", "bf16"}, lambda: f"src is {src}, out {out}: f16 and bf16 do not mix"
+    )
     if out.size:
         grid = (rows.size, _blocks(src.shape[1]), 1)
         macros = _macros(src.dtype, out.dtype)
@@ -52,7 +54,9 @@ def add(ctx: Context, src: Array, dst: Array, scale: float = 1.0) -> None:
     """dst += scale · src, of the same shape; f32, f16 or bf16 on either side."""
     expect_array("add", "dst", dst, FLOATS, dst.shape)
     expect_array("add", "src", src, FLOATS, dst.shape)
-    expect("add", {src.dtype, dst.dtype} != {"f16", "bf16"}, f"src is {src}, dst {dst}: f16 and bf16 do not mix")
+    expect(
+        "add", {src.dtype, dst.dtype} != {"f16", "bf16"}, lambda: f"src is {src}, dst {dst}: f16 and bf16 do not mix"
+    )
     if dst.size:
         macros = _macros(src.dtype, dst.dtype)
         ctx.launch(
@@ -73,7 +77,11 @@ def convert(ctx: Context, src: Array, dst: Array) -> None:
     """dst = src in another float type, rounded to nearest; the same shape."""
     expect_array("convert", "dst", dst, FLOATS, dst.shape)
     expect_array("convert", "src", src, FLOATS, dst.shape)
-    expect("convert", {src.dtype, dst.dtype} != {"f16", "bf16"}, f"src is {src}, dst {dst}: f16 and bf16 do not mix")
+    expect(
+        "convert",
+        {src.dtype, dst.dtype} != {"f16", "bf16"},
+        lambda: f"src is {src}, dst {dst}: f16 and bf16 do not mix",
+    )
     if dst.size:
         macros = _macros(src.dtype, dst.dtype)
         ctx.launch(

@@ -1,0 +1,168 @@
+"""Projections of many rows from packed weights, on the GPU against float64 products of the dequantised weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import tolerance
+from polyhead.errors import DeviceError
+from polyhead.runtime.cuda.context import Context
+from polyhead.runtime.cuda.formats import FORMATS, Matrix, QuantMatrix
+from polyhead.runtime.cuda.memory import Array
+from polyhead.runtime.cuda.ops.linear_some import linear_some, shape_for
+from polyhead.runtime.cuda.ops.linear_wide import SHAPES, fits_wide, linear_wide, room_bytes
+
+pytestmark = pytest.mark.gpu
+Put = Callable[..., Array]
+Get = Callable[[Array], Any]
+Weights = Callable[..., tuple[Matrix, Any]]
+Product = Callable[..., None]
+
+# Scale, minimum and weight are rounded to float16, once each.
+PACKED = {"f32": 8e-4, "f16": 1.2e-3}
+
+
+def _some(ctx: Context, poisoned: Put, x: Array, w: QuantMatrix, out: Array, column: int = 0, **how: Any) -> None:
+    linear_some(ctx, x, w, out, column, **how)
+
+
+def _wide(ctx: Context, poisoned: Put, x: Array, w: QuantMatrix, out: Array, column: int = 0, **how: Any) -> None:
+    if not fits_wide(ctx.device, Array(0, (1, 1), "f16")):
+        pytest.skip(f"wgmma is for compute capability 9.0, {ctx.device} has another")
+    linear_wide(ctx, x, w, out, column, poisoned(room_bytes(*x.shape), "u8"), **how)
+
+
+PRODUCTS = {"some": _some, "wide": _wide}
+
+
+@pytest.fixture(params=PRODUCTS)
+def product(request: pytest.FixtureRequest, ctx: Context, poisoned: Put) -> Product:
+    """The op of that name, with scratch full of NaN."""
+    return partial(PRODUCTS[request.param], ctx, poisoned)
+
+
+def inputs(put: Put, rows: int, cols: int) -> tuple[Array, Any]:
+    x = np.random.default_rng(rows).standard_normal((rows, cols)).astype(np.float16)
+    return put(x), x.astype(np.float64)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(("rows", "blocks"), [(37, 1), (300, 7), (130, 17)])
+def test_every_format_agrees_with_float64(
+    kind: str, rows: int, blocks: int, product: Product, weights: Weights, put: Put, poisoned: Put, get: Get
+) -> None:
+    cols = blocks * FORMATS[kind].raw.weights
+    matrix, w = weights(kind, rows, cols)
+    for count in (2, 9, 33, 64, 65, 130, 300):
+        x, values = inputs(put, count, cols)
+        out = poisoned((count, rows), "f32")
+        product(x, matrix, out)
+        assert tolerance.error(get(out), values @ w.T) < PACKED["f32"]
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q8_0"])
+@pytest.mark.parametrize("rows", [4096, 6144, 18_000])  # few tiles for a multiprocessor, some, and many
+def test_sizes_of_real_models_agree_with_float64(
+    kind: str, rows: int, product: Product, weights: Weights, put: Put, poisoned: Put, get: Get
+) -> None:
+    matrix, w = weights(kind, rows, 2048)
+    for count in (16, 32, 48, 90, 128, 190, 256, 512):
+        x, values = inputs(put, count, 2048)
+        out = poisoned((count, rows), "f16")
+        product(x, matrix, out)
+        assert tolerance.error(get(out), values @ w.T) < PACKED["f16"]
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q3_K", "Q5_1"])
+@pytest.mark.parametrize("op", ["some", "wide"])
+def test_every_way_that_blocks_work_agrees_with_float64(
+    kind: str, op: str, ctx: Context, weights: Weights, put: Put, poisoned: Put, get: Get
+) -> None:
+    matrix, w = weights(kind, 5000, 2304)
+    for count in (70, 257) if op == "wide" else (8, 16, 32, 64):
+        x, values = inputs(put, count, 2304)
+        for shape in SHAPES if op == "wide" else {shape_for(kind, own, count // 8) for own in (1, 4, 20)}:
+            out = poisoned((count, 5000), "f32")
+            PRODUCTS[op](ctx, poisoned, x, matrix, out, shape=shape)
+            assert tolerance.error(get(out), values @ w.T) < PACKED["f32"], shape
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_0"])
+@pytest.mark.parametrize("count", [3, 70])
+@pytest.mark.parametrize("out_dtype", ["f32", "f16"])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_bias_scale_and_sum_reach_only_their_columns(
+    kind: str, count: int, out_dtype: str, accumulate: bool, product: Product, weights: Weights, put: Put, get: Get
+) -> None:
+    matrix, w = weights(kind, 37, 512)
+    x, values = inputs(put, count, 512)
+    bias = np.random.default_rng(5).standard_normal(37).astype(np.float32)
+    out = put(np.random.default_rng(6).standard_normal((count, 60)).astype(np.float32), out_dtype)
+    before = get(out)
+    product(x, matrix, out, 11, bias=put(bias), accumulate=accumulate, scale=0.5)
+    expected = 0.5 * (values @ w.T + bias) + (before[:, 11:48] if accumulate else 0.0)
+    found = get(out)
+    assert tolerance.error(found[:, 11:48], expected) < PACKED[out_dtype]
+    assert np.array_equal(np.delete(found, np.s_[11:48], 1), np.delete(before, np.s_[11:48], 1))
+
+
+@pytest.mark.parametrize("count", [7, 100])
+def test_the_same_product_twice_is_the_same_bits(
+    count: int, product: Product, weights: Weights, put: Put, poisoned: Put, get: Get
+) -> None:
+    matrix, _ = weights("Q4_K", 3000, 4096)
+    x, _ = inputs(put, count, 4096)
+    results = []
+    for _ in range(3):
+        out = poisoned((count, 3000), "f32")
+        product(x, matrix, out)
+        results.append(get(out))
+    assert np.array_equal(results[0], results[1])
+    assert np.array_equal(results[0], results[2])
+
+
+def test_infinite_activations_stay_in_their_row(
+    ctx: Context, product: Product, weights: Weights, put: Put, poisoned: Put, get: Get
+) -> None:
+    matrix, w = weights("Q5_0", 64, 544)  # the last unit of 256 columns is cut short
+    x, values = inputs(put, 40, 544)
+    ctx.device.upload(x.slice_rows(1, 2), np.full((1, 544), np.inf, np.float16))
+    out = poisoned((40, 64), "f32")
+    product(x, matrix, out)
+    rest = np.delete(np.arange(40), 1)
+    assert tolerance.error(get(out)[rest], values[rest] @ w.T) < PACKED["f32"]
+    assert not np.isfinite(get(out)[1]).any()
+
+
+@pytest.mark.parametrize("count", [16, 96])
+def test_a_chain_of_launches_waits_for_what_it_reads(
+    count: int, product: Product, weights: Weights, put: Put, poisoned: Put, get: Get
+) -> None:
+    """Each product begins before the one whose result it reads has ended."""
+    matrix, w = weights("Q8_0", 1024, 1024)
+    x, _ = inputs(put, count, 1024)
+    arrays = [x, *(poisoned((count, 1024), "f16") for _ in range(20))]
+    for source, target in pairwise(arrays):
+        product(source, matrix, target, scale=1.5625)  # keeps the length of a row
+    chained = [get(array) for array in arrays]
+    for source, target in pairwise(chained):
+        assert tolerance.error(target, 1.5625 * (source.astype(np.float64) @ w.T)) < PACKED["f16"]
+
+
+def test_shapes_that_do_not_go_together_are_named(
+    ctx: Context, product: Product, weights: Weights, poisoned: Put
+) -> None:
+    matrix, _ = weights("Q4_K", 64, 512)
+    with pytest.raises(DeviceError, match=r"x is f16\[2, 256\], expected f16 \[any, 512\]"):
+        product(poisoned((2, 256), "f16"), matrix, poisoned((2, 64), "f32"))
+    with pytest.raises(DeviceError, match=r"x is bf16\[2, 512\], expected f16"):
+        product(poisoned((2, 512), "bf16"), matrix, poisoned((2, 64), "f32"))
+    with pytest.raises(DeviceError, match=r"64 columns from 1 on are not in f32\[2, 64\]"):
+        product(poisoned((2, 512), "f16"), matrix, poisoned((2, 64), "f32"), 1)
+    with pytest.raises(DeviceError, match="too little room"):
+        linear_wide(ctx, poisoned((2, 512), "f16"), matrix, poisoned((2, 64), "f32"), 0, poisoned(64, "u8"))
