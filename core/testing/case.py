@@ -32,7 +32,8 @@ class Case:
 
     ``metadata``: keys as ``Metadata.get`` takes them, ``embedding_length`` for ``{architecture}.embedding_length``;
     keys of other kinds (``general.…``, ``tokenizer.…``) in full. Take sizes of which no two are equal, few heads and
-    two layers, and matrices with rows of a multiple of 32 if quantised files shall be tried too.
+    two layers, and matrices with rows of a multiple of 32 if quantised files shall be tried too; on a GPU, matrices
+    that are stacked also want a multiple of 16 rows.
 
     ``tensors``: what a file says of tensors before the tree exists, a shape (NumPy order) or None for "not in the
     file". Seldom needed: a token embedding has 128 rows unless the metadata has ``vocab_size``, and tensors that the

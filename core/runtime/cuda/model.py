@@ -87,6 +87,11 @@ class CudaModel:
             raise
         self._decodes, self._others = Graphs(ctx, _MOST_DECODES), Graphs(ctx, _MOST_OTHERS)
 
+    @property
+    def decode_graphs(self) -> int:
+        """How many graphs of steps in which all sequences decode there are."""
+        return len(self._decodes)
+
     def logits(self, batch: Batch) -> NDArray[np.float32]:
         """Runs a step: float32 [M, vocab]. Raises RequestError for a batch beyond the plan."""
         view = self._forward(batch)

@@ -20,7 +20,7 @@ from ..masks import mask_words
 from ..sampling_errors import bad_logits, nothing_left
 from .context import Context
 from .memory import Array, HostBuffer, Pool
-from .ops.sample import BANNED, INFINITE, NAN, OK, ROW, TOP, TOPS, SampleArrays, sample, scratch_bytes
+from .ops.sample import BANNED, INFINITE, NAN, OK, PACK_ROW, ROW, TOP, TOPS, SampleArrays, sample, scratch_bytes
 from .sampling_lists import BiasLists, SeenLists
 from .sampling_masks import MaskLists
 
@@ -86,6 +86,7 @@ class Sampler:
         )
         self._buffers: list[HostBuffer] = []
         self._rows = self._staging(ROW, max_rows)
+        self._row_bytes = self._rows.view(np.uint8)
         self._results = self._staging(np.int32, max_rows, 2)
         self._tops = self._staging(np.int32, max_rows, TOPS)
         arrays = self._arrays
@@ -121,8 +122,13 @@ class Sampler:
         biases = self._biases.update(rows)
         seen = self._seen.update(rows)
         masks = self._masks.update(rows)
-        records = [
-            (
+        places = zip(rows, masks, seen, biases, strict=True)
+        for start, (row, mask, (seen_start, seen_count), (bias_start, bias_count)) in zip(
+            range(0, self.max_rows * ROW.itemsize, ROW.itemsize), places, strict=False
+        ):
+            PACK_ROW.pack_into(
+                self._row_bytes,
+                start,
                 1.0 / max(row.temperature, _COLDEST) if row.temperature > 0.0 else 0.0,
                 row.top_p,
                 row.min_p,
@@ -130,18 +136,17 @@ class Sampler:
                 row.presence,
                 row.frequency,
                 row.seed,
-                masks[index],
+                mask,
                 row.position,
                 recent,
                 min(row.top_k, self.vocab),
-                _logprobs(row),
-                *seen[index],
-                *biases[index],
+                -1 if row.logprobs is None else _logprobs(row.logprobs),
+                seen_start,
+                seen_count,
+                bias_start,
+                bias_count,
             )
-            for index, row in enumerate(rows)
-        ]
         host = self._rows[: len(rows)]
-        host[:] = np.array(records, ROW)
         self._ctx.device.copy_in(self._arrays.rows.slice_rows(0, len(rows)), host)
         return Needs.of(rows, self.vocab)
 
@@ -191,12 +196,10 @@ class Sampler:
         return buffer.array(dtype, *shape)
 
 
-def _logprobs(row: SamplingRow) -> int:
-    if row.logprobs is None:
-        return -1
-    if row.logprobs > TOP:
-        raise RequestError(f"logprobs must be at most {TOP} on this device, got {row.logprobs}")
-    return row.logprobs
+def _logprobs(count: int) -> int:
+    if count > TOP:
+        raise RequestError(f"logprobs must be at most {TOP} on this device, got {count}")
+    return count
 
 
 def _with_logprobs(token: int, words: NDArray[np.int32]) -> SampledToken:

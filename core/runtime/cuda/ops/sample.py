@@ -6,6 +6,7 @@ allocates or waits, and grids depend on shapes only, so a captured graph may be 
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -41,6 +42,12 @@ ROW = np.dtype(
         ("bias_count", "i4"),
     ]
 )
+
+#: Fills a ROW field by field, which is far faster than NumPy's way from tuples.
+PACK_ROW = struct.Struct(
+    "=" + "".join({"f8": "d", "u8": "Q", "i8": "q", "i4": "i"}[ROW[name].str[1:]] for name in ROW.names or ())
+)
+assert PACK_ROW.size == ROW.itemsize
 
 #: The most log-probabilities of a row.
 TOP = 20
