@@ -21,20 +21,20 @@ pytestmark = pytest.mark.gpu
 Put = Callable[..., Array]
 Get = Callable[[Array], Any]
 Weights = Callable[..., tuple[Matrix, Any]]
-Product = Callable[..., None]
+Product = Callable[..., bool]
 
 # Scale, minimum and weight are rounded to float16, once each.
 PACKED = {"f32": 8e-4, "f16": 1.2e-3}
 
 
-def _some(ctx: Context, poisoned: Put, x: Array, w: QuantMatrix, out: Array, column: int = 0, **how: Any) -> None:
-    linear_some(ctx, x, w, out, column, **how)
+def _some(ctx: Context, poisoned: Put, x: Array, w: QuantMatrix, out: Array, column: int = 0, **how: Any) -> bool:
+    return linear_some(ctx, x, w, out, column, **how)
 
 
-def _wide(ctx: Context, poisoned: Put, x: Array, w: QuantMatrix, out: Array, column: int = 0, **how: Any) -> None:
+def _wide(ctx: Context, poisoned: Put, x: Array, w: QuantMatrix, out: Array, column: int = 0, **how: Any) -> bool:
     if not fits_wide(ctx.device, Array(0, (1, 1), "f16")):
         pytest.skip(f"wgmma is for compute capability 9.0, {ctx.device} has another")
-    linear_wide(ctx, x, w, out, column, poisoned(room_bytes(*x.shape), "u8"), **how)
+    return linear_wide(ctx, x, w, out, column, poisoned(room_bytes(*x.shape), "u8"), **how)
 
 
 PRODUCTS = {"some": _some, "wide": _wide}
@@ -44,6 +44,12 @@ PRODUCTS = {"some": _some, "wide": _wide}
 def product(request: pytest.FixtureRequest, ctx: Context, poisoned: Put) -> Product:
     """The op of that name, with scratch full of NaN."""
     return partial(PRODUCTS[request.param], ctx, poisoned)
+
+
+ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+    "silu": lambda x: x / (1.0 + np.exp(-x)),
+    "gelu_tanh": lambda x: 0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3))),
+}
 
 
 def inputs(put: Put, rows: int, cols: int) -> tuple[Array, Any]:
@@ -109,6 +115,49 @@ def test_bias_scale_and_sum_reach_only_their_columns(
     found = get(out)
     assert tolerance.error(found[:, 11:48], expected) < PACKED[out_dtype]
     assert np.array_equal(np.delete(found, np.s_[11:48], 1), np.delete(before, np.s_[11:48], 1))
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_1", "Q6_K", "Q8_0"])
+@pytest.mark.parametrize("rows", [64, 5024])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_an_activation_after_agrees_with_float64(
+    kind: str,
+    rows: int,
+    activation: str,
+    gated: bool,
+    biased: bool,
+    product: Product,
+    weights: Weights,
+    put: Put,
+    poisoned: Put,
+    get: Get,
+) -> None:
+    matrix, w = weights(kind, rows, 1280)
+    bias = np.random.default_rng(3).standard_normal(rows).astype(np.float32) if biased else None
+    own = rows // 2 if gated else rows
+    for count in (3, 16, 40, 64, 90, 200, 300):
+        x, values = inputs(put, count, 1280)
+        out = poisoned((count, own), "f16")
+        given = None if bias is None else put(bias)
+        if not product(x, matrix, out, bias=given, activation=activation, gated=gated):
+            assert gated, "a gate is all that may be refused"
+            assert np.isnan(get(out)).all(), "then nothing is done"
+            continue
+        before = values @ w.T + (0.0 if bias is None else bias)
+        expected = ACTIVATIONS[activation](before[:, :own]) * (before[:, own:] if gated else 1.0)
+        assert tolerance.error(get(out), expected) < 2 * PACKED["f16"]
+
+
+def test_a_gate_whose_half_ends_inside_a_tile_is_left_to_others(
+    product: Product, weights: Weights, put: Put, poisoned: Put, get: Get
+) -> None:
+    matrix, _ = weights("Q4_K", 48, 512)
+    x, _ = inputs(put, 20, 512)
+    out = poisoned((20, 24), "f16")
+    assert product(x, matrix, out, activation="silu", gated=True) is False
+    assert np.isnan(get(out)).all()
 
 
 @pytest.mark.parametrize("count", [7, 100])

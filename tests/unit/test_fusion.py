@@ -7,7 +7,14 @@ from collections.abc import Sequence
 
 import pytest
 from polyhead.arch import MLP, Attention, Block, Decoder, Embedding, FusedGateUp, LayerNorm, Linear, RMSNorm, SplitQKV
-from polyhead.runtime.cuda.fusion import FusedAttend, FusedProject, JoinedStep, fuse_attention, fuse_row
+from polyhead.runtime.cuda.fusion import (
+    FusedAttend,
+    FusedProject,
+    JoinedStep,
+    fuse_activation,
+    fuse_attention,
+    fuse_row,
+)
 from polyhead.runtime.program import Buffer, Embed, Normalise, Program, Project, lower, touched
 
 SPLIT = SplitQKV(Linear("q"), Linear("k"), Linear("v"))
@@ -142,3 +149,28 @@ def test_what_a_norm_reads_lives_as_long_as_its_result(block: Block) -> None:
     for step in program.steps:
         if isinstance(step, Normalise):
             assert lives[step.src.name][2] >= lives[step.dst.name][2], step.name
+
+
+@pytest.mark.parametrize("block", [BLOCK, GPT, GATE_UP, PARALLEL, SHARED, POST, BARE])
+def test_of_many_rows_a_projection_and_its_activation_are_one_step(block: Block) -> None:
+    program = of(block, block)
+    steps = fuse_activation(program.steps)
+    fused = [step for step in steps if isinstance(step, FusedProject)]
+    assert [step.name for step in fused] == ["blk.0.mlp.act", "blk.1.mlp.act"]
+    assert len(steps) == len(program.steps) - 2
+    lives = program.buffers()
+    for step in fused:
+        assert step.norm is None
+        assert step.activate is not None
+        at = program.steps.index(step.activate)
+        assert lives[step.src.name][2] >= at, "what it reads while it writes must not be given away"
+
+
+def test_an_activation_whose_input_is_read_again_stays_alone() -> None:
+    program = of(BLOCK)
+    up = next(step for step in program.steps if isinstance(step, Project) and step.name == "blk.0.mlp.up")
+    reader = dataclasses.replace(program.steps[-1], name="reader", src=up.dst)
+    assert any(isinstance(step, FusedProject) for step in fuse_activation(program.steps))
+    assert not any(isinstance(step, FusedProject) for step in fuse_activation((*program.steps, reader)))
+    scaled = tuple(dataclasses.replace(step, scale=2.0) if step is up else step for step in program.steps)
+    assert not any(isinstance(step, FusedProject) for step in fuse_activation(scaled))

@@ -1,4 +1,4 @@
-"""Fusion: the steps of a program for one row of tokens, with neighbours joined that one kernel can do.
+"""Fusion: the steps of a program with neighbours joined that one kernel can do: most of them for one row of tokens.
 
 Decided from the steps alone, so that every architecture gets it. Knows nothing of kernels: the caller says what fits.
 """
@@ -68,14 +68,7 @@ def fuse_row(program: Program, fits: Fits) -> tuple[Step | FusedProject, ...]:
             continue
         after = steps[index + 1] if index + 1 < len(steps) else None
         norm = norms.get(index)
-        if (
-            isinstance(after, Activate)
-            and after.src == step.dst
-            and not step.accumulate
-            and step.scale == 1.0
-            and fits(step, norm is not None, after.gated)
-            and (after.src == after.dst or sum(step.dst in touched(other) for other in steps) == 2)
-        ):
+        if isinstance(after, Activate) and _joins(steps, step, after) and fits(step, norm is not None, after.gated):
             fused.append(FusedProject(after.name, step, norm, after))
             gone.add(index + 1)
         elif norm is not None or fits(step, False, False):
@@ -126,6 +119,26 @@ def _reading(step: Step, old: Buffer, new: Buffer) -> Step:
     if isinstance(step, Project) and step.src == old:
         return Project(step.name, new, step.dst, step.weights, step.rows, step.accumulate, step.scale)
     return step
+
+
+def fuse_activation(steps: Sequence[Step]) -> tuple[Step | FusedProject, ...]:
+    """The steps with each projection and the activation after it as one, where nobody else reads what lies between.
+
+    For many rows: whoever carries it out may still do the one after the other.
+    """
+    fused: list[Step | FusedProject] = []
+    for step in steps:
+        before = fused[-1] if fused else None
+        if isinstance(step, Activate) and isinstance(before, Project) and _joins(steps, before, step):
+            fused[-1] = FusedProject(step.name, before, None, step)
+        else:
+            fused.append(step)
+    return tuple(fused)
+
+
+def _joins(steps: Sequence[Step], project: Project, after: Activate) -> bool:
+    plain = after.src == project.dst and not project.accumulate and project.scale == 1.0
+    return plain and (after.src == after.dst or sum(project.dst in touched(other) for other in steps) == 2)
 
 
 def fuse_attention(steps: Sequence[Step | FusedProject]) -> tuple[JoinedStep, ...]:

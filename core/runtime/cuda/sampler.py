@@ -86,7 +86,7 @@ class Sampler:
         )
         self._buffers: list[HostBuffer] = []
         self._rows = self._staging(ROW, max_rows)
-        self._row_bytes = self._rows.view(np.uint8)
+        self._row_bytes: Any = self._rows.view(np.uint8)
         self._results = self._staging(np.int32, max_rows, 2)
         self._tops = self._staging(np.int32, max_rows, TOPS)
         arrays = self._arrays

@@ -23,12 +23,12 @@ from ..program import (
 )
 from .blas import Blas
 from .context import Context
-from .fusion import FusedAttend, FusedProject, JoinedStep, fuse_attention, fuse_row
+from .fusion import FusedAttend, FusedProject, JoinedStep, fuse_activation, fuse_attention, fuse_row
 from .kv_cache import KVCache
 from .memory import Array
 from .modules import Modules
 from .ops import activation, attention, embed, norm, rope, rows
-from .ops.linear import linear
+from .ops.linear import linear, linear_activated
 from .ops.linear_one import fits, linear_one
 from .plan import narrow_bytes
 from .run import Run
@@ -58,7 +58,9 @@ class Steps:
         self._scratch, self._counters = room
         self._plain = program.steps
         # What joins steps changes the order of sums, or how work is split, with the batch.
-        self._joined: Sequence[JoinedStep] = self._plain if deterministic else fuse_attention(program.steps)
+        self._joined: Sequence[JoinedStep] = (
+            self._plain if deterministic else fuse_attention(fuse_activation(program.steps))
+        )
         self._row: Sequence[JoinedStep] = (
             self._plain if deterministic else fuse_attention(fuse_row(program, self._fits))
         )
@@ -66,7 +68,7 @@ class Steps:
             Embed: self._embed,
             Normalise: self._normalise,
             Project: self._project,
-            FusedProject: self._project_one,
+            FusedProject: self._project_joined,
             StoreKV: self._store_kv,
             Attend: self._attend,
             FusedAttend: self._attend_joined,
@@ -80,7 +82,9 @@ class Steps:
     def run(self, run: Run, observe: Observe | None = None) -> None:
         """Launches every step. ``observe`` is given each step's name and what it wrote."""
         view = run.view
-        steps = self._plain if view.singles == 0 else self._row if view.decode and view.count == 1 else self._joined
+        steps = self._row if view.decode and view.count == 1 else self._joined
+        if observe is not None and view.singles == 0:
+            steps = self._plain  # all of them can be seen
         for step in steps:
             self._dispatch[type(step)](step, run)
             if observe is not None:
@@ -91,6 +95,30 @@ class Steps:
         return (len(parts) == 1 or not gated) and all(
             fits(self._ctx.device, part.matrix, normed=normed, gated=gated) for part in parts
         )
+
+    def _project_joined(self, step: FusedProject, run: Run) -> None:
+        if run.view.decode and run.view.count == 1:
+            self._project_one(step, run)
+            return
+        project, after = step.project, step.activate
+        assert after is not None, "what many rows join"
+        parts = self._weights.parts(project)
+        if (
+            len(parts) > 1
+            or project.src.wide
+            or not linear_activated(
+                self._ctx,
+                run[project.src],
+                parts[0].matrix,
+                run[after.dst],
+                self._scratch,
+                parts[0].bias,
+                after.activation,
+                after.gated,
+            )
+        ):
+            self._project(project, run)
+            self._activate(after, run)
 
     def _project_one(self, step: FusedProject, run: Run) -> None:
         before, after = step.norm, step.activate
@@ -115,7 +143,8 @@ class Steps:
 
         Neither waits for what the other stores: no sequence of a step reads keys that another one writes in it.
         """
-        self._attend_decode(step, run)
+        if run.view.singles:
+            self._attend_decode(step, run)
         self._store_kv(step.store, run, run.view.singles)
         self._attend(step.attend, run)
 

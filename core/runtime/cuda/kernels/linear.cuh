@@ -25,6 +25,34 @@ struct Store {
   }
 };
 
+#ifdef PH_ACTIVATED
+#include "activate.cuh"
+
+// out[index] = act(value + bias[row]) or, where PH_GATED, that times (partner + bias[own + row]): row `row` of the second
+// half of the matrix is the partner of row `row` of the first, which has `own` rows.
+struct StoreActivated {
+  out_t* out;
+  const float* bias;  // nullptr: none
+  int own;
+
+  __device__ __forceinline__ void operator()(i64 index, int row, float value, [[maybe_unused]] float partner) const {
+    if (bias != nullptr) value += bias[row];
+    value = activate(value);
+#ifdef PH_GATED
+    if (bias != nullptr) partner += bias[own + row];
+    value *= partner;
+#endif
+    out[index] = ph_from_float<out_t>(value);
+  }
+};
+#endif
+
+#ifdef PH_GATED
+constexpr int PARTNERS = 2;
+#else
+constexpr int PARTNERS = 1;
+#endif
+
 // The sums of `warps` warps' 16 x COLUMNS results in the order of the warps, stored: out[column * ld + row].
 template <int COLUMNS>
 __device__ __forceinline__ void sum_and_store(const float (&part)[8][16][COLUMNS + 1], int first_row, int rows,

@@ -19,9 +19,6 @@
 #include "formats.cuh"
 #endif
 #include "linear.cuh"
-#ifdef PH_ACTIVATED
-#include "activate.cuh"
-#endif
 
 // Blocks that registers must leave room for: this one's, and as much for the kernel beside it. Where that is too little,
 // as for bytes to bfloat16 and for the compiler from 12.0 on, one.
@@ -33,12 +30,6 @@ constexpr int BLOCKS = 1;
 constexpr int BLOCKS = 2;
 #endif
 constexpr int WARPS = PH_WARPS, RING = PH_RING, THREADS = 32 * WARPS;
-#ifdef PH_GATED
-constexpr int PARTNERS = 2;
-#else
-constexpr int PARTNERS = 1;
-#endif
-
 #ifdef PH_DENSE
 
 constexpr int ROWS = PH_TILE_ROWS;  // of a tile
@@ -377,7 +368,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   for (; n < end; ++n) add_next(n, false);
   __syncthreads();
 
-  [[maybe_unused]] const Store store{out, bias, scale, accumulate};
+#ifdef PH_ACTIVATED
+  const StoreActivated store{out, bias, own_rows};
+#else
+  const Store store{out, bias, scale, accumulate};
+#endif
   for (int i = threadIdx.x; i < count * ROWS; i += THREADS) {
     float value[PARTNERS];
 #pragma unroll
@@ -392,12 +387,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
     const int row = first * ROWS + i;
     if (row >= own_rows) continue;
-#if defined(PH_GATED)
-    if (bias != nullptr) value[0] += bias[row], value[1] += bias[own_rows + row];
-    out[row] = ph_from_float<out_t>(activate(value[0]) * value[1]);
-#elif defined(PH_ACTIVATED)
-    if (bias != nullptr) value[0] += bias[row];
-    out[row] = ph_from_float<out_t>(activate(value[0]));
+#ifdef PH_ACTIVATED
+    store(row, row, value[0], value[PARTNERS - 1]);
 #else
     store(row, row, value[0]);
 #endif

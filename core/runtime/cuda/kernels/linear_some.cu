@@ -4,7 +4,8 @@
 // A block owns a run of whole tiles of 16 rows and PH_TOKEN_TILES columns of 8 tokens (the grid's y chooses which). Its
 // warps stand in a grid of their own: PH_ROW_WARPS side by side, each with PH_TILES tiles, and K_WARPS of those behind one
 // another, which share out the units of 256 columns. A pass takes all of them through K once; a block with more tiles
-// makes several passes, and its loads run ahead across their borders.
+// makes several passes, and its loads run ahead across their borders. With PH_GATED a warp's second tile is the one of
+// W's second half that its first one's result is multiplied with.
 //
 // Weights go from memory to registers, each vector as soon as the one before it in its place is used up, so that a whole
 // unit is always under way. Activations come through a ring in shared memory, PH_STAGE_GROUPS groups of 32 columns at a
@@ -17,6 +18,9 @@ constexpr int WARPS = 8, TILES = PH_TOKEN_TILES, R = PH_TILES, ROW_WARPS = PH_RO
 constexpr int TOKENS = 8 * TILES, GROUPS = PH_STAGE_GROUPS, GROUP_BYTES = 64 * TOKENS;
 constexpr int STAGE = GROUPS * GROUP_BYTES, RING = PH_RING;  // bytes and number of the ring's stages
 constexpr int PART_TILES = TILES < 4 ? TILES : 4;            // columns of tokens that are summed at a time
+constexpr int EACH = ph_div_up(16 * ROW_WARPS * 8 * PART_TILES, 32 * WARPS);  // sums of a thread
+constexpr int SLOTS = R / PARTNERS;                          // tiles of a warp, or pairs of them
+static_assert(R % PARTNERS == 0);
 
 namespace {
 
@@ -64,10 +68,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PH_CTAS)
   const int k_warp = warp / ROW_WARPS, row_warp = warp % ROW_WARPS;
   u8* const ring = reinterpret_cast<u8*>(dynamic) + k_warp * RING * STAGE;
 
-  const int all = ph_div_up(rows, 16), units = ph_div_up(cols, 256);
+  const int own_rows = rows / PARTNERS, all = ph_div_up(own_rows, 16), units = ph_div_up(cols, 256);
   const int first = (int)((i64)blockIdx.x * all / gridDim.x);
   const int count = (int)((i64)(blockIdx.x + 1) * all / gridDim.x) - first;
-  const int passes = ph_div_up(count, R * ROW_WARPS);
+  const int passes = ph_div_up(count, SLOTS * ROW_WARPS);
   const int own = k_warp < units ? ph_div_up(units - k_warp, K_WARPS) : 0;  // units of a pass
   const int token0 = TOKENS * blockIdx.y;
   x += (i64)token0 * cols;
@@ -84,8 +88,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PH_CTAS)
     next_unit = k_warp + K_WARPS * next_n;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      const int index = begin_of(next_pass) + row_warp * R + r;
-      if (index < begin_of(next_pass + 1)) tile[r].find(weights, index, next_unit, tile_bytes);
+      const int index = begin_of(next_pass) + row_warp * SLOTS + r / PARTNERS;
+      if (index < begin_of(next_pass + 1)) tile[r].find(weights, index + r % PARTNERS * all, next_unit, tile_bytes);
     }
     if (++next_n == own) next_n = 0, ++next_pass;
   };
@@ -129,7 +133,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PH_CTAS)
 #pragma unroll
   for (int s = 0; s < RING - 1; ++s) fill();
 
+#ifdef PH_ACTIVATED
+  const StoreActivated store{out, bias, own_rows};
+#else
   const Store store{out, bias, scale, accumulate};
+#endif
   const u8* stage = ring;
   for (int pass = 0; pass < passes; ++pass) {
     float acc[R][TILES][4] = {};
@@ -184,24 +192,41 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PH_CTAS)
 
     const int from = begin_of(pass), mine = begin_of(pass + 1) - from;
 #pragma unroll
-    for (int r = 0; r < R; ++r)
+    for (int slot = 0; slot < SLOTS; ++slot)
 #pragma unroll
       for (int n0 = 0; n0 < TILES; n0 += PART_TILES) {
-        __syncthreads();
-#pragma unroll
-        for (int n8 = 0; n8 < PART_TILES; ++n8)
-#pragma unroll
-          for (int e = 0; e < 4; ++e)
-            if (n0 + n8 < TILES) part[warp][g + 8 * (e >> 1)][8 * n8 + 2 * t + (e & 1)] = acc[r][n0 + n8][e];
-        __syncthreads();
         const int columns = min(tokens - 8 * n0, 8 * PART_TILES);
-        for (int i = threadIdx.x; i < 16 * ROW_WARPS * columns; i += 32 * WARPS) {
-          const int row = i & 15, w = (i >> 4) % ROW_WARPS, column = (i >> 4) / ROW_WARPS;
-          float sum = part[w][row][column];
+        float sum[PARTNERS][EACH];  // of a thread's places
 #pragma unroll
-          for (int k = 1; k < K_WARPS; ++k) sum += part[k * ROW_WARPS + w][row][column];
-          const int at = 16 * (from + w * R + r) + row;
-          if (w * R + r < mine && at < rows) store((i64)(token0 + 8 * n0 + column) * ld + at, at, sum);
+        for (int p = 0; p < PARTNERS; ++p) {
+          __syncthreads();
+#pragma unroll
+          for (int n8 = 0; n8 < PART_TILES; ++n8)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+              if (n0 + n8 < TILES)
+                part[warp][g + 8 * (e >> 1)][8 * n8 + 2 * t + (e & 1)] = acc[slot * PARTNERS + p][n0 + n8][e];
+          __syncthreads();
+#pragma unroll
+          for (int i = 0; i < EACH; ++i) {
+            const int at = threadIdx.x + 32 * WARPS * i, w = (at >> 4) % ROW_WARPS, column = (at >> 4) / ROW_WARPS;
+            if (column >= columns) continue;
+            sum[p][i] = part[w][at & 15][column];
+#pragma unroll
+            for (int k = 1; k < K_WARPS; ++k) sum[p][i] += part[k * ROW_WARPS + w][at & 15][column];
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+          const int at = threadIdx.x + 32 * WARPS * i, w = (at >> 4) % ROW_WARPS, column = (at >> 4) / ROW_WARPS;
+          const int tile_index = w * SLOTS + slot, row = 16 * (from + tile_index) + (at & 15);
+          if (column >= columns || tile_index >= mine || row >= own_rows) continue;
+          const i64 index = (i64)(token0 + 8 * n0 + column) * ld + row;
+#ifdef PH_ACTIVATED
+          store(index, row, sum[0][i], sum[PARTNERS - 1][i]);
+#else
+          store(index, row, sum[0][i]);
+#endif
         }
       }
   }

@@ -4,7 +4,8 @@
 //
 // A block has PH_GROUPS warpgroups of 128 threads, ROW_GROUPS side by side with 64 rows, four tiles, each, and K_GROUPS
 // behind one another, which share the units of 256 columns out among themselves. A pass takes them through K once; a block
-// with more tiles makes several, and its loads run ahead across their borders. The grid's y chooses PH_TOKENS tokens.
+// with more tiles makes several, and its loads run ahead across their borders. The grid's y chooses PH_TOKENS tokens. With
+// PH_GATED every second warp has the tile of W's second half that its neighbour's result is multiplied with.
 //
 // x comes in the order in which it is multiplied: gather_wide.cu has laid it out, for each PH_TOKENS tokens and each group
 // of 32 columns, as four planes (step, half of a step) of [token][8]. So one bulk copy brings a stage in, PH_STAGE_GROUPS
@@ -36,10 +37,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
   __shared__ __align__(8) u64 full[K_GROUPS][RING], empty[K_GROUPS][RING];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int group = warp >> 2, k_group = group / ROW_GROUPS, row_warp = group % ROW_GROUPS * 4 + (warp & 3);
-  const int all = ph_div_up(rows, 16), units = ph_div_up(cols, 256);
+  const int own_rows = rows / PARTNERS, all = ph_div_up(own_rows, 16), units = ph_div_up(cols, 256);
   const int first = (int)((i64)blockIdx.x * all / gridDim.x);
   const int count = (int)((i64)(blockIdx.x + 1) * all / gridDim.x) - first;
-  const int passes = ph_div_up(count, 4 * ROW_GROUPS);
+  const int passes = ph_div_up(count, 4 * ROW_GROUPS / PARTNERS);
   auto units_of = [&](int k) { return k < units ? ph_div_up(units - k, K_GROUPS) : 0; };  // in a pass
   const int token0 = N * blockIdx.y;
   tokens = min(tokens - token0, N);
@@ -84,9 +85,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
   auto to_next = [&] {
     source = nullptr;
     if (next_pass >= passes || own == 0) return;
-    const int u = k_group + K_GROUPS * next_unit, tile = begin_of(next_pass) + row_warp;
+    const int u = k_group + K_GROUPS * next_unit, tile = begin_of(next_pass) + row_warp / PARTNERS;
     next_vectors = vectors_in(u, cols);
-    if (tile < begin_of(next_pass + 1)) source = weights + tile * tile_bytes + (i64)u * PH_UNIT_BYTES;
+    if (tile < begin_of(next_pass + 1))
+      source = weights + (tile + row_warp % PARTNERS * all) * tile_bytes + (i64)u * PH_UNIT_BYTES;
     if (++next_unit == own) next_unit = 0, ++next_pass;
   };
   Unit q = {};
@@ -97,7 +99,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
   ph_let_next_begin();
 
   const u8* const ring = reinterpret_cast<const u8*>(dynamic) + k_group * RING * STAGE;
+#ifdef PH_ACTIVATED
+  const StoreActivated store{out, bias, own_rows};
+#else
   const Store store{out, bias, scale, accumulate};
+#endif
   int slot = 0;
   u32 phase = 0;
   for (int pass = 0; pass < passes; ++pass) {
@@ -157,13 +163,23 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
         for (int e = 0; e < 4; ++e) part[warp][g + 8 * (e >> 1)][8 * n8 + 2 * t + (e & 1)] = acc[n0 + n8][e];
       ph_sync_some(1, THREADS);
       const int columns = min(tokens - 8 * n0, PART_TOKENS);
-      for (int i = threadIdx.x; i < 64 * ROW_GROUPS * columns; i += THREADS) {
-        const int row = i & 15, w = (i >> 4) % (4 * ROW_GROUPS), column = (i >> 4) / (4 * ROW_GROUPS);
-        float sum = part[w][row][column];
+      constexpr int WIDTH = 4 * ROW_GROUPS / PARTNERS;  // tiles, or pairs of them
+      for (int i = threadIdx.x; i < 16 * WIDTH * columns; i += THREADS) {
+        const int row = i & 15, w = (i >> 4) % WIDTH, column = (i >> 4) / WIDTH;
+        float sum[PARTNERS];
 #pragma unroll
-        for (int k = 1; k < K_GROUPS; ++k) sum += part[k * 4 * ROW_GROUPS + w][row][column];
+        for (int p = 0; p < PARTNERS; ++p) {
+          sum[p] = part[PARTNERS * w + p][row][column];
+#pragma unroll
+          for (int k = 1; k < K_GROUPS; ++k) sum[p] += part[k * 4 * ROW_GROUPS + PARTNERS * w + p][row][column];
+        }
         const int at = 16 * (from + w) + row;
-        if (w < mine && at < rows) store((i64)(token0 + 8 * n0 + column) * ld + at, at, sum);
+        if (w >= mine || at >= own_rows) continue;
+#ifdef PH_ACTIVATED
+        store((i64)(token0 + 8 * n0 + column) * ld + at, at, sum[0], sum[PARTNERS - 1]);
+#else
+        store((i64)(token0 + 8 * n0 + column) * ld + at, at, sum[0]);
+#endif
       }
     }
   }

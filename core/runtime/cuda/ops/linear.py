@@ -7,6 +7,9 @@ activations' type are cuBLAS's from two rows on.
 
 from __future__ import annotations
 
+from typing import Any
+
+from ....arch import Activation
 from ..blas import Blas
 from ..context import Context
 from ..formats import DenseMatrix, Matrix, QuantMatrix, tiles
@@ -47,16 +50,8 @@ def linear(
     if count == 1 or invariant or (isinstance(w, QuantMatrix) and x.dtype != "f16" and count <= MOST_ROWS):
         linear_few(ctx, x, w, out, column, bias=bias, accumulate=accumulate, scale=scale, invariant=invariant)
         return
-    if isinstance(w, QuantMatrix) and x.dtype == "f16":
-        wide = fits_wide(ctx.device, x)
-        few = _FEWER_ROWS if wide and tiles(w.rows) > _TILES * ctx.device.sms else SOME_ROWS
-        if count <= few:
-            linear_some(ctx, x, w, out, column, bias=bias, accumulate=accumulate, scale=scale)
-            return
-        if wide and count <= WIDE_ROWS:
-            room = scratch.view("u8", room_bytes(count, w.cols))
-            linear_wide(ctx, x, w, out, column, room, bias=bias, accumulate=accumulate, scale=scale)
-            return
+    if isinstance(w, QuantMatrix) and _packed(ctx, x, w, out, column, scratch, bias, accumulate, scale, None, False):
+        return
     if isinstance(w, DenseMatrix):
         blas.matmul(x, w.data, out, accumulate=accumulate, column=column, scale=scale)
     else:
@@ -68,3 +63,56 @@ def linear(
             blas.matmul(x, part, out, accumulate=accumulate, column=column + start, scale=scale)
     if bias is not None:
         add_bias(ctx, bias, out, column, scale)
+
+
+def linear_activated(
+    ctx: Context,
+    x: Array,
+    w: Matrix,
+    out: Array,
+    scratch: Array,
+    bias: Array | None,
+    activation: Activation,
+    gated: bool,
+) -> bool:
+    """out = activation(x wᵀ + bias) or, where ``gated``, that of its first half of columns times the second half.
+
+    By the kernels that read packed weights, in one launch; arrays as for ``linear``. False, with nothing done, where
+    they are not the way for so many rows or such a matrix. Raises DeviceError naming the shapes.
+    """
+    if not isinstance(w, QuantMatrix) or x.shape[0] == 1:
+        return False
+    return _packed(ctx, x, w, out, 0, scratch, bias, False, 1.0, activation, gated)
+
+
+def _packed(
+    ctx: Context,
+    x: Array,
+    w: QuantMatrix,
+    out: Array,
+    column: int,
+    scratch: Array,
+    bias: Array | None,
+    accumulate: bool,
+    scale: float,
+    activation: Activation | None,
+    gated: bool,
+) -> bool:
+    """Whether one of the kernels for packed weights did it."""
+    count = x.shape[0]
+    if x.dtype != "f16" or x.ptr % 16:
+        return False
+    wide = fits_wide(ctx.device, x)
+    few = _FEWER_ROWS if wide and tiles(w.rows) > _TILES * ctx.device.sms else SOME_ROWS
+    how: dict[str, Any] = {
+        "bias": bias,
+        "accumulate": accumulate,
+        "scale": scale,
+        "activation": activation,
+        "gated": gated,
+    }
+    if count <= few:
+        return linear_some(ctx, x, w, out, column, **how)
+    if wide and count <= WIDE_ROWS:
+        return linear_wide(ctx, x, w, out, column, scratch.view("u8", room_bytes(count, w.cols)), **how)
+    return False

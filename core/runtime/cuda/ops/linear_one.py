@@ -13,7 +13,7 @@ from ..device import CudaDevice
 from ..formats import FORMATS, TILE_ROWS, DenseMatrix, Matrix, QuantMatrix, format_of, units
 from ..memory import Array
 from ..variants import Variant
-from .checks import FLOATS, HALVES, expect, expect_array
+from .checks import FLOATS, HALVES, activation_macros, expect, expect_array
 from .rope import HeadNorm
 
 _NULL = np.uint64(0)
@@ -33,7 +33,15 @@ def _warps(dense: bool) -> int:
 
 @cache
 def _macros(
-    kind: str, act: str, out: str, ring: int, norm: int, items: int, activation: str | None, gated: bool, rows: int
+    kind: str,
+    act: str,
+    out: str,
+    ring: int,
+    norm: int,
+    items: int,
+    activation: Activation | None,
+    gated: bool,
+    rows: int,
 ) -> Mapping[str, object]:
     return {
         **({"PH_DENSE": True, "PH_TILE_ROWS": rows} if kind in HALVES else format_of(kind).macros()),
@@ -41,16 +49,14 @@ def _macros(
         "PH_RING": ring,
         "PH_NORM": norm,
         "PH_ITEMS": items if norm else None,
-        "PH_ACTIVATED": activation is not None,
-        **({f"PH_{activation.upper()}": True} if activation else {}),
-        "PH_GATED": gated,
+        **activation_macros(activation, gated),
         "PH_ACT_BF16": act == "bf16",
         "PH_OUT_F32": out == "f32",
     }
 
 
 def _variant(
-    kind: str, act: str, out: str, norm: int = 0, activation: str | None = None, gated: bool = False
+    kind: str, act: str, out: str, norm: int = 0, activation: Activation | None = None, gated: bool = False
 ) -> Variant:
     ring, rows = 4, 4 if kind in HALVES else TILE_ROWS
     macros = _macros(kind, act, out, ring, norm, 4, activation, gated, rows)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 
+from ....arch import Activation
+from ....errors import DeviceError
 from ..context import Context
-from ..formats import FORMATS, QuantMatrix, format_of, tiles
+from ..formats import FORMATS, TILE_ROWS, QuantMatrix, format_of, tiles
 from ..memory import Array
 from ..variants import Variant
-from .checks import FLOATS, expect, expect_array
+from .checks import activation_macros, expect_product
 
 _WARPS = 8
 _TOKEN_TILES = (1, 2, 3, 4, 6, 8)
 """Columns of 8 tokens that a block can have."""
-_MOST_RING = 8
 _PART_BYTES = 4 * _WARPS * 16 * 33  # of the sums that meet
 
 
@@ -34,7 +35,9 @@ class Shape:
 
 
 @cache
-def _macros(kind: str, token_tiles: int, shape: Shape, out: str) -> Mapping[str, object]:
+def _macros(
+    kind: str, token_tiles: int, shape: Shape, out: str, activation: Activation | None = None, gated: bool = False
+) -> Mapping[str, object]:
     return {
         **format_of(kind).macros(),
         "PH_TOKEN_TILES": token_tiles,
@@ -44,28 +47,64 @@ def _macros(kind: str, token_tiles: int, shape: Shape, out: str) -> Mapping[str,
         "PH_RING": shape.ring,
         "PH_CTAS": shape.blocks,
         "PH_OUT_F32": out == "f32",
+        **activation_macros(activation, gated),
     }
 
 
-def _variant(kind: str, token_tiles: int, shape: Shape, out: str = "f32") -> Variant:
-    return Variant("linear_some.cu", ("ph_linear_some",), _macros(kind, token_tiles, shape, out), hot=True)
+def _variant(
+    kind: str,
+    token_tiles: int,
+    shape: Shape,
+    out: str = "f32",
+    activation: Activation | None = None,
+    gated: bool = False,
+) -> Variant:
+    macros = _macros(kind, token_tiles, shape, out, activation, gated)
+    return Variant("linear_some.cu", ("ph_linear_some",), macros, hot=True)
 
 
-def shape_for(kind: str, own: float, token_tiles: int) -> Shape:
+def shape_for(kind: str, own: float, token_tiles: int, gated: bool = False) -> Shape:
     """How blocks work, as measured on an H100: the more tiles a multiprocessor has, the more warps share tokens.
 
-    Few tokens leave registers for a second block on each multiprocessor, and room for longer stages.
+    Few tokens leave registers for a second block on each multiprocessor, and room for longer stages. ``gated`` wants
+    two tiles of a warp.
     """
+    form = format_of(kind)
     if token_tiles > 4:
-        return Shape(1 if own <= 2 else 2 if own <= 4 else 4, 2, 1, 4, 1)
+        return Shape(1 if own <= 2 else 2 if own <= 4 else 4, 1 if form.low + form.high > 6 else 2, 1, 4, 1)
     if own <= 2:
         return Shape(1, 2, *{1: (8, 2), 2: (4, 3)}.get(token_tiles, (2, 3)), 1)
     if own <= 4:
         return Shape(2, 2, *((8, 2) if token_tiles <= 2 else (4, 3)), 1)
     if token_tiles > 2:
         return Shape(8, 2, 4, 3, 1)
-    form = format_of(kind)
-    return Shape(4, 1 if form.low + form.high > 5 else 2, 8, 2, 2)  # what registers hold of two blocks
+    if form.low + form.high <= 5:
+        return Shape(4, 2, 8, 2, 2)
+    return Shape(4, 2, 8, 2, 1) if gated else Shape(4, 1, 8, 2, 2)  # what registers hold of two blocks
+
+
+def choose(kind: str, own: float, count: int, shared_limit: int, gated: bool = False) -> tuple[int, int, Shape] | None:
+    """For ``count`` rows of activations: parts, columns of 8 tokens of each, and how blocks work on them.
+
+    ``own`` is how many tiles a multiprocessor has. What does not fit into a block's shared memory becomes shorter
+    stages, then fewer tokens to a block. None where a gate cannot be had.
+    """
+    for most in (8, 4, 2, 1):
+        parts = -(-count // (8 * most))
+        token_tiles = next(n for n in _TOKEN_TILES if 8 * n * parts >= count)
+        shape = shape_for(kind, own, token_tiles, gated)
+        if gated and shape.tiles % 2:
+            return None
+        for groups, ring in ((shape.groups, shape.ring), (1, 4), (1, 2)):
+            shape = replace(shape, groups=groups, ring=ring)
+            if shape.blocks * (ring_bytes(shape, token_tiles) + _PART_BYTES + 1024) <= shared_limit + 1024:
+                return parts, token_tiles, shape
+    raise DeviceError(f"linear_some: {shared_limit:,} bytes of shared memory are too few")
+
+
+def ring_bytes(shape: Shape, token_tiles: int) -> int:
+    """Dynamic shared memory of a block."""
+    return _WARPS // shape.row_warps * shape.ring * shape.groups * 512 * token_tiles
 
 
 VARIANTS = (
@@ -76,6 +115,12 @@ VARIANTS = (
         for own in (1, 3, 30)
     ),
     *(_variant(kind, 1, shape_for(kind, 30, 1)) for kind in FORMATS),
+    *(
+        _variant(kind, token_tiles, shape_for(kind, 30, token_tiles, True), "f16", "silu", True)
+        for kind in ("Q4_K", "Q6_K", "Q8_0")
+        for token_tiles in (1, 2, 4)
+    ),
+    _variant("Q4_K", 8, shape_for("Q4_K", 30, 8, True), "f16", "gelu_tanh"),
 )
 
 
@@ -89,29 +134,29 @@ def linear_some(
     bias: Array | None = None,
     accumulate: bool = False,
     scale: float = 1.0,
+    activation: Activation | None = None,
+    gated: bool = False,
     shape: Shape | None = None,
-) -> None:
+) -> bool:
     """out[:, out_column:out_column + N] = scale · (x wᵀ + bias), added to what is there if ``accumulate``.
 
-    ``x`` f16 [M, K], ``w`` [N, K], ``out`` [M, ≥ out_column + N] f16 or f32, ``bias`` f32 [N]. Weights are rounded to
-    float16 once, as if they had been unpacked. Any M, but W is read once for every 64 rows. Bit-equal from run to run.
-    Raises DeviceError naming shapes that do not go together.
+    ``x`` f16 [M, K], ``w`` [N, K], ``out`` [M, ≥ out_column + N] f16 or f32, ``bias`` f32 [N]. With an ``activation``:
+    that of x wᵀ + bias or, where ``gated``, of the first half of its columns times the second half: N / 2 values.
+    Weights are rounded to float16 once, as if they had been unpacked. Any M, but W is read once for every 64 rows.
+    Bit-equal from run to run. False, with nothing done, where a gate cannot be had: a half that ends inside a tile, or
+    too few registers. Raises DeviceError naming shapes that do not go together.
     """
     op = "linear_some"
-    expect_array(op, "x", x, ("f16",), (None, w.cols))
-    expect_array(op, "out", out, FLOATS, (x.shape[0], None))
-    width = out.shape[1]
-    expect(op, 0 <= out_column <= width - w.rows, lambda: f"{w.rows} columns from {out_column} on are not in {out}")
-    expect(op, out.dtype in ("f32", x.dtype), lambda: f"out is {out}, but x {x}")
-    expect(op, x.ptr % 16 == 0, lambda: f"x {x} is not aligned to 16 bytes")
-    if bias is not None:
-        expect_array(op, "bias", bias, ("f32",), (w.rows,))
-    if not x.shape[0]:
-        return
-    parts = -(-x.shape[0] // (8 * _TOKEN_TILES[-1]))
-    token_tiles = next(n for n in _TOKEN_TILES if 8 * n * parts >= x.shape[0])
-    shape = shape or shape_for(w.kind, tiles(w.rows) / ctx.device.sms, token_tiles)
-    grid = min(ctx.device.sms * shape.blocks, tiles(w.rows))
+    own_rows = expect_product(op, x, w, out, out_column, bias, accumulate, scale, activation, gated)
+    count = x.shape[0]
+    if not count:
+        return True
+    chosen = choose(w.kind, tiles(w.rows) / ctx.device.sms, count, ctx.device.shared_limit, gated)
+    if chosen is None or (gated and own_rows % TILE_ROWS):
+        return False
+    parts, token_tiles, best = chosen
+    shape = shape or best
+    grid = min(ctx.device.sms * shape.blocks, tiles(own_rows))
     ctx.launch(
         "linear_some.cu",
         "ph_linear_some",
@@ -119,16 +164,17 @@ def linear_some(
         32 * _WARPS,
         w.data,
         x,
-        Array(out.ptr + out_column * out.itemsize, (x.shape[0], width), out.dtype),
+        Array(out.ptr + out_column * out.itemsize, out.shape, out.dtype),
         np.uint64(0) if bias is None else bias,
-        x.shape[0],
+        count,
         w.rows,
         w.cols,
         np.int64(w.data.shape[1]),
-        np.int64(width),
+        np.int64(out.shape[1]),
         scale,
         accumulate,
-        shared=_WARPS // shape.row_warps * shape.ring * shape.groups * 512 * token_tiles,
-        macros=_macros(w.kind, token_tiles, shape, out.dtype),
+        shared=ring_bytes(shape, token_tiles),
+        macros=_macros(w.kind, token_tiles, shape, out.dtype, activation, gated),
         early=True,
     )
+    return True

@@ -8,12 +8,13 @@ from functools import cache
 
 import numpy as np
 
+from ....arch import Activation
 from ..context import Context
 from ..device import CudaDevice
-from ..formats import FORMATS, QuantMatrix, format_of, tiles, units
+from ..formats import FORMATS, TILE_ROWS, QuantMatrix, format_of, tiles, units
 from ..memory import Array
 from ..variants import Variant
-from .checks import FLOATS, expect, expect_array
+from .checks import activation_macros, expect, expect_product
 
 _GATHER_THREADS = 128
 
@@ -31,7 +32,9 @@ class Shape:
 
 
 @cache
-def _macros(kind: str, shape: Shape, out: str) -> Mapping[str, object]:
+def _macros(
+    kind: str, shape: Shape, out: str, activation: Activation | None = None, gated: bool = False
+) -> Mapping[str, object]:
     return {
         **format_of(kind).macros(),
         "PH_TOKENS": shape.tokens,
@@ -40,6 +43,7 @@ def _macros(kind: str, shape: Shape, out: str) -> Mapping[str, object]:
         "PH_STAGE_GROUPS": shape.stage,
         "PH_RING": shape.ring,
         "PH_OUT_F32": out == "f32",
+        **activation_macros(activation, gated),
     }
 
 
@@ -48,8 +52,10 @@ def _gather_macros(group: int, tokens: int) -> Mapping[str, object]:
     return {"PH_GROUP": group, "PH_TOKENS": tokens}
 
 
-def _variant(kind: str, shape: Shape, out: str = "f32") -> Variant:
-    return Variant("linear_wide.cu", ("ph_linear_wide",), _macros(kind, shape, out), hot=True)
+def _variant(
+    kind: str, shape: Shape, out: str = "f32", activation: Activation | None = None, gated: bool = False
+) -> Variant:
+    return Variant("linear_wide.cu", ("ph_linear_wide",), _macros(kind, shape, out, activation, gated), hot=True)
 
 
 def fits_wide(device: CudaDevice, x: Array) -> bool:
@@ -81,6 +87,8 @@ SHAPES = tuple(dict.fromkeys(shape_for(own, count) for own in (1, 4, 20, 60) for
 VARIANTS = (
     *(_variant(kind, shape, "f16") for kind in ("Q4_K", "Q6_K", "Q8_0") for shape in SHAPES),
     *(_variant(kind, shape_for(20, 128)) for kind in FORMATS),
+    *(_variant("Q4_K", shape_for(20, count), "f16", "silu", True) for count in (64, 96, 128, 192, 256)),
+    _variant("Q4_K", shape_for(20, 128), "f16", "gelu_tanh"),
     *(Variant("gather_wide.cu", ("ph_gather_wide",), _gather_macros(group, 128)) for group in (16, 32)),
 )
 
@@ -101,26 +109,25 @@ def linear_wide(
     bias: Array | None = None,
     accumulate: bool = False,
     scale: float = 1.0,
+    activation: Activation | None = None,
+    gated: bool = False,
     shape: Shape | None = None,
-) -> None:
+) -> bool:
     """out[:, out_column:out_column + N] = scale · (x wᵀ + bias), added to what is there if ``accumulate``.
 
     ``x`` f16 [M, K], ``w`` [N, K], ``out`` [M, ≥ out_column + N] f16 or f32, ``bias`` f32 [N]; scratch: ``room``,
-    room_bytes(M, K). Weights are rounded to float16 once, as if they had been unpacked. Bit-equal from run to run.
-    Raises DeviceError naming shapes that do not go together.
+    room_bytes(M, K). ``activation`` and ``gated`` are linear_some's, as is what it returns. Weights are rounded to
+    float16 once, as if they had been unpacked. Bit-equal from run to run. Raises DeviceError naming shapes that do not
+    go together.
     """
     op = "linear_wide"
-    expect_array(op, "x", x, ("f16",), (None, w.cols))
-    expect_array(op, "out", out, FLOATS, (x.shape[0], None))
-    count, width = x.shape[0], out.shape[1]
-    expect(op, 0 <= out_column <= width - w.rows, lambda: f"{w.rows} columns from {out_column} on are not in {out}")
-    expect(op, out.dtype in ("f32", "f16"), lambda: f"out is {out}, but x {x}")
-    expect(op, x.ptr % 16 == 0, lambda: f"x {x} is not aligned to 16 bytes")
+    own_rows = expect_product(op, x, w, out, out_column, bias, accumulate, scale, activation, gated)
+    count = x.shape[0]
     expect(op, room.nbytes >= room_bytes(count, w.cols), lambda: f"{room} is too little room for {x}")
-    if bias is not None:
-        expect_array(op, "bias", bias, ("f32",), (w.rows,))
+    if gated and own_rows % TILE_ROWS:
+        return False
     if not count:
-        return
+        return True
     shape = shape or shape_for(tiles(w.rows) / ctx.device.sms, count)
     parts = -(-count // shape.tokens)
     padded = parts * shape.tokens
@@ -137,8 +144,8 @@ def linear_wide(
         macros=_gather_macros(w.format.group, shape.tokens),
         early=True,
     )
-    rows = -(-tiles(w.rows) // (4 * shape.row_groups))
-    grid = max(1, min(rows, ctx.device.sms // parts))
+    runs = -(-tiles(w.rows) // (4 * shape.row_groups))
+    grid = max(1, min(runs, tiles(own_rows), ctx.device.sms // parts))
     ctx.launch(
         "linear_wide.cu",
         "ph_linear_wide",
@@ -146,16 +153,17 @@ def linear_wide(
         128 * (shape.groups + 1),
         w.data,
         room,
-        Array(out.ptr + out_column * out.itemsize, (count, width), out.dtype),
+        Array(out.ptr + out_column * out.itemsize, out.shape, out.dtype),
         np.uint64(0) if bias is None else bias,
         count,
         w.rows,
         w.cols,
         np.int64(w.data.shape[1]),
-        np.int64(width),
+        np.int64(out.shape[1]),
         scale,
         accumulate,
         shared=shape.groups // shape.row_groups * shape.ring * shape.stage * 64 * shape.tokens,
-        macros=_macros(w.kind, shape, out.dtype),
+        macros=_macros(w.kind, shape, out.dtype, activation, gated),
         early=True,
     )
+    return True
