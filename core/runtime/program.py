@@ -242,7 +242,7 @@ def lower(decoder: Decoder) -> Program:
     x = Buffer("x", decoder.hidden, wide=True)
     last = Buffer("last", decoder.hidden, "logits", wide=True)
     logits = Buffer("logits", decoder.vocab, "logits", wide=True)
-    steps: list[Step] = [Embed("embed", x, decoder.tokens, decoder.positions, decoder.embedding_scale)]
+    steps: list[Step] = [Embed("embed", x, decoder.tokens, decoder.positions, float(decoder.embedding_scale))]
     if decoder.embedding_norm is not None:
         steps.append(Normalise("embed_norm", x, x, decoder.embedding_norm))
     for index, block in enumerate(decoder.blocks):
@@ -254,7 +254,8 @@ def lower(decoder: Decoder) -> Program:
         steps.append(Normalise("final_norm", last, head_in, decoder.final_norm))
     steps.append(Project("head", head_in, logits, (decoder.head or decoder.tokens,), (decoder.vocab,)))
     if decoder.logit_scale != 1.0 or decoder.logit_softcap is not None:
-        steps.append(Finish("finish", logits, decoder.logit_scale, decoder.logit_softcap))
+        cap = None if decoder.logit_softcap is None else float(decoder.logit_softcap)
+        steps.append(Finish("finish", logits, float(decoder.logit_scale), cap))
     return Program(decoder, tuple(steps), logits)
 
 
@@ -277,7 +278,7 @@ def _block(prefix: str, layer: int, block: Block, x: Buffer) -> Iterator[Step]:
         yield Normalise(f"{prefix}.mlp_norm", x, mlp_in, block.mlp_norm)
     yield from _mlp(f"{prefix}.mlp", block, mlp_in, x)
     if block.residual == "parallel":
-        yield Add(f"{prefix}.attn.add", branch, x, block.residual_scale)
+        yield Add(f"{prefix}.attn.add", branch, x, float(block.residual_scale))
 
 
 def _attention(prefix: str, layer: int, block: Block, src: Buffer, dst: Buffer, accumulate: bool) -> Iterator[Step]:
@@ -304,7 +305,7 @@ def _mlp(prefix: str, block: Block, src: Buffer, x: Buffer) -> Iterator[Step]:
         yield Apply(prefix, src, out, mlp, scratch)
         if block.post_mlp_norm is not None:
             yield Normalise(f"{prefix}.post_norm", out, out, block.post_mlp_norm)
-        yield Add(f"{prefix}.add", out, x, block.residual_scale)
+        yield Add(f"{prefix}.add", out, x, float(block.residual_scale))
         return
     inner = Buffer(f"{prefix}.inner", mlp.size)
     wide = Buffer(f"{prefix}.wide", 2 * mlp.size) if mlp.gated else inner
@@ -325,7 +326,7 @@ def _branch(
     prefix: str, block: Block, post_norm: Norm | None, src: Buffer, dst: Buffer, weight: Linear, accumulate: bool
 ) -> Iterator[Step]:
     """The last projection of a branch; straight into the residual stream where no norm stands between."""
-    hidden, scale = dst.columns, block.residual_scale if accumulate else 1.0
+    hidden, scale = dst.columns, float(block.residual_scale) if accumulate else 1.0
     if post_norm is None:
         yield Project(f"{prefix}.out", src, dst, (weight,), (hidden,), accumulate, scale)
         return

@@ -77,7 +77,7 @@ def test_sizes_of_real_models_agree_with_float64(
     kind: str, rows: int, product: Product, weights: Weights, put: Put, poisoned: Put, get: Get
 ) -> None:
     matrix, w = weights(kind, rows, 2048)
-    for count in (16, 32, 48, 90, 128, 190, 256, 512):
+    for count in (16, 24, 32, 48, 90, 128, 190, 256, 512):
         x, values = inputs(put, count, 2048)
         out = poisoned((count, rows), "f16")
         product(x, matrix, out)
@@ -90,7 +90,7 @@ def test_every_way_that_blocks_work_agrees_with_float64(
     kind: str, op: str, ctx: Context, weights: Weights, put: Put, poisoned: Put, get: Get
 ) -> None:
     matrix, w = weights(kind, 5000, 2304)
-    for count in (70, 257) if op == "wide" else (8, 16, 32, 64):
+    for count in (70, 257) if op == "wide" else (8, 16, 24, 32, 64):
         x, values = inputs(put, count, 2304)
         for shape in SHAPES if op == "wide" else {shape_for(kind, own, count // 8) for own in (1, 4, 20)}:
             out = poisoned((count, 5000), "f32")

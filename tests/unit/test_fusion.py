@@ -174,3 +174,13 @@ def test_an_activation_whose_input_is_read_again_stays_alone() -> None:
     assert not any(isinstance(step, FusedProject) for step in fuse_activation((*program.steps, reader)))
     scaled = tuple(dataclasses.replace(step, scale=2.0) if step is up else step for step in program.steps)
     assert not any(isinstance(step, FusedProject) for step in fuse_activation(scaled))
+
+
+def test_factors_are_floats_whatever_was_written() -> None:
+    """A kernel takes the bits of an int for those of a float."""
+    block = dataclasses.replace(BLOCK, residual_scale=2)
+    post = dataclasses.replace(POST, residual_scale=2)
+    program = of(block, post, embedding_scale=3, logit_scale=4, logit_softcap=30)
+    found = [getattr(step, name) for step in program.steps for name in ("scale", "softcap") if hasattr(step, name)]
+    assert {2.0, 3.0, 4.0, 30.0} <= set(found)
+    assert all(type(value) is float for value in found if value is not None)

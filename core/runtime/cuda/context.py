@@ -30,7 +30,7 @@ _NO_MACROS: Mapping[str, object] = {}
 
 #: What Python's struct calls an argument of a type, by which the kernel's parameter is filled.
 _CODES = {bool: "i", int: "i", float: "f", Array: "Q"}
-_NUMPY_CODES = {"float16": "e", "float32": "f", "float64": "d"} | {
+_NUMPY_CODES = {"bool": "?", "longlong": "q", "ulonglong": "Q", "float16": "e", "float32": "f", "float64": "d"} | {
     f"{sign}int{8 * 2**n}": code for sign, codes in (("", "bhiq"), ("u", "BHIQ")) for n, code in enumerate(codes)
 }
 
@@ -225,7 +225,10 @@ def describe_launch(
 
 
 def _code(kind: type) -> str:
-    code = _CODES.get(kind) or (_NUMPY_CODES.get(kind.__name__) if issubclass(kind, np.generic) else None)
+    if issubclass(kind, np.generic):
+        code = _NUMPY_CODES.get(kind.__name__.removesuffix("_"))
+    else:
+        code = next((code for base, code in _CODES.items() if issubclass(kind, base)), None)
     if code is None:
         raise DeviceError(f"a {kind.__name__} cannot be a kernel's argument")
     return code

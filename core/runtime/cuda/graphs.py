@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 
+from ...errors import DeviceError
 from .context import Context
 from .graph import Graph
 
@@ -21,15 +22,20 @@ class Graphs:
         self._most = most
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
         self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
+        self._never: set[Hashable] = set()
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def run(self, key: Hashable, name: str, work: Callable[[], None]) -> None:
+    def run(self, key: Hashable, name: str, work: Callable[[], None], *, optional: bool = False) -> None:
         """Puts ``work`` on the device's stream, by its own launches or by the graph of an earlier one of this key.
 
-        ``name`` is for errors. Raises DeviceError as Graph does, and what ``work`` raises.
+        ``name`` is for errors. Raises DeviceError as Graph does, and what ``work`` raises; where a graph is
+        ``optional``, what cannot become one is launched for ever.
         """
+        if key in self._never:
+            work()
+            return
         graph = self._graphs.get(key)
         if graph is None:
             if key not in self._seen:
@@ -38,8 +44,16 @@ class Graphs:
                 if len(self._seen) > self._most:
                     self._seen.popitem(last=False)
                 return
-            graph = self._graphs[key] = Graph(self._ctx, work, name)
             del self._seen[key]
+            try:
+                graph = Graph(self._ctx, work, name)
+            except DeviceError:
+                if not optional:
+                    raise
+                self._never.add(key)
+                work()  # an error of its own shows here
+                return
+            self._graphs[key] = graph
             if len(self._graphs) > self._most:
                 self._graphs.popitem(last=False)[1].close()
         else:

@@ -195,9 +195,11 @@ class CudaModel:
         if view.decode:
             key: tuple[int, ...] = (view.sequences_count, width)
             self._decodes.run(key, f"decode graph for {view.sequences_count} sequences", lambda: self._run(view))
+        elif self._deterministic:
+            self._run(view)  # a launch for every 32 rows: a graph of them would be large
         else:
             key = (view.count, view.sequences_count, view.rows, width, view.tiles.shape[0], view.singles)
-            self._others.run(key, f"graph of a step of {view.count} tokens", lambda: self._run(view))
+            self._others.run(key, f"graph of {view.count} tokens", lambda: self._run(view), optional=True)
         return view
 
     def _run(self, view: View, observe: Callable[[str, Array], None] | None = None) -> None:

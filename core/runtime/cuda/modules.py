@@ -174,7 +174,7 @@ class Worker:
             self.scratch,
             bias=None if bias is None else _own("bias", bias),
             accumulate=accumulate,
-            scale=scale,
+            scale=float(scale),
             invariant=self._invariant,
         )
 
@@ -225,7 +225,7 @@ def plugin_of(kind: ModuleKind) -> str:
 
 def with_act(macros: Mapping[str, object], act: str) -> Mapping[str, object]:
     """Macros that also say what activations are."""
-    return {**macros, "PH_ACT_BF16": True} if act == "bf16" else macros
+    return {**macros, "PH_ACT_BF16": True} if act == "bf16" else dict(macros)  # theirs may change; see Context.launch
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from .ops.sample import scratch_bytes as sampling_scratch
 from .weights import STAGING_BYTES, resident_bytes
 
 FEW = 32
-"""Rows up to which the kernels that read packed weights are used; beyond, weights are unpacked for cuBLAS."""
+"""Rows up to which a projection needs no scratch; beyond, weights may be unpacked, or activations put in order."""
 UNPACK = 64 << 20
 BLAS_WORKSPACE = 32 << 20
 BIASES = 1536
@@ -178,8 +178,7 @@ def scratch_bytes(program: Program, types: Callable[[str], str], options: Runtim
             first = narrow_bytes(options.max_tokens, hidden) if step.src.wide else 0
             matrices = [spec for spec in matrix_specs(step.module, hidden) if len(spec.shape) == 2]
             packed = [spec.shape for spec in matrices if types(spec.name) not in DENSE_TYPES]
-            unpacked = max((2 * cols * unpack_rows(cols, rows) for rows, cols in packed), default=0)
-            need = max(need, first + (unpacked if options.max_tokens > FEW else 0))
+            need = max(need, first + max((packed_scratch(rows, cols, options) for rows, cols in packed), default=0))
         elif isinstance(step, Attend):
             need = max(need, attention.scratch_bytes(step.attention, options.max_batch, sms))
     return need

@@ -61,6 +61,7 @@ class Steps:
         self._joined: Sequence[JoinedStep] = (
             self._plain if deterministic else fuse_attention(fuse_activation(program.steps))
         )
+        self._seen: Sequence[JoinedStep] = self._plain if deterministic else fuse_attention(program.steps)
         self._row: Sequence[JoinedStep] = (
             self._plain if deterministic else fuse_attention(fuse_row(program, self._fits))
         )
@@ -83,8 +84,8 @@ class Steps:
         """Launches every step. ``observe`` is given each step's name and what it wrote."""
         view = run.view
         steps = self._row if view.decode and view.count == 1 else self._joined
-        if observe is not None and view.singles == 0:
-            steps = self._plain  # all of them can be seen
+        if observe is not None and not view.decode:
+            steps = self._plain if view.singles == 0 else self._seen  # what they leave can be looked at one by one
         for step in steps:
             self._dispatch[type(step)](step, run)
             if observe is not None:

@@ -1,6 +1,7 @@
 // x [tokens, cols] in the order in which linear_wide.cu multiplies it: for each PH_TOKENS tokens, each group of 32 columns
-// and each of the four pairs (step, half of a step) a plane [token][8], 16 bytes a token. Tokens beyond the last and columns beyond the end are
-// zeros, up to a multiple of 256. A thread does a token's 32 columns; neighbours do neighbouring tokens, so that what is written is in one piece.
+// and each of the four pairs (step, half of a step) a plane [token][8], 16 bytes a token. Tokens beyond the last and
+// columns beyond the end are zeros, up to a multiple of 256. A thread does a token's 32 columns; neighbours do
+// neighbouring tokens, so that what is written is in one piece.
 //
 // PH_GROUP as in formats.cuh: how many weights share a scale decides which columns a lane has.
 
@@ -27,6 +28,7 @@ extern "C" __global__ void __launch_bounds__(128)
     u32 r[4];
 #pragma unroll
     for (int t = 0; t < 4; ++t) r[t] = word[PH_GROUP == 16 ? 8 * step + 2 * t + half : 4 * t + 2 * step + half];
-    out[(((i64)(token / PH_TOKENS) * gridDim.y + group) * 4 + p) * PH_TOKENS + token % PH_TOKENS] = make_uint4(r[0], r[1], r[2], r[3]);
+    const i64 plane = ((i64)(token / PH_TOKENS) * gridDim.y + group) * 4 + p;
+    out[plane * PH_TOKENS + token % PH_TOKENS] = make_uint4(r[0], r[1], r[2], r[3]);
   }
 }

@@ -22,8 +22,8 @@ constexpr int PLANE = 16 * N, GROUPS = PH_STAGE_GROUPS, STAGE = 4 * GROUPS * PLA
 constexpr int PART_TOKENS = 32;  // that are summed and stored at a time
 // Registers of a thread that brings in and of one that computes: together no more than all begin with, or they would wait
 // for ever for what nobody gives.
-constexpr int GIVEN = PH_GROUPS == 2 ? 40 : 32, TAKEN = PH_GROUPS == 2 ? 232 : PH_GROUPS == 3 ? 160 : 112;
-static_assert(PH_GROUPS >= 2 && PH_GROUPS <= 4 &&
+constexpr int GIVEN = PH_GROUPS == 2 ? 40 : 32, TAKEN = PH_GROUPS == 2 ? 232 : 160;
+static_assert((PH_GROUPS == 2 || PH_GROUPS == 3) &&
               PH_GROUPS * TAKEN + GIVEN <= (PH_GROUPS + 1) * (65536 / (128 * (PH_GROUPS + 1)) / 8 * 8));
 #endif
 constexpr int THREADS = 128 * PH_GROUPS;  // that compute

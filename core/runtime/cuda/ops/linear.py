@@ -47,7 +47,10 @@ def linear(
     which is slow for many. Raises DeviceError naming the shapes.
     """
     count = x.shape[0]
-    if count == 1 or invariant or (isinstance(w, QuantMatrix) and x.dtype != "f16" and count <= MOST_ROWS):
+    packed = isinstance(w, QuantMatrix)
+    few = packed and x.dtype != "f16" and count <= MOST_ROWS
+    narrow = not packed and accumulate and out.dtype != "f32"  # which cuBLAS does not add to
+    if count == 1 or invariant or few or narrow:
         linear_few(ctx, x, w, out, column, bias=bias, accumulate=accumulate, scale=scale, invariant=invariant)
         return
     if isinstance(w, QuantMatrix) and _packed(ctx, x, w, out, column, scratch, bias, accumulate, scale, None, False):

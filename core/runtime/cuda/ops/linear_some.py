@@ -1,4 +1,4 @@
-"""Projections of some rows, 2 to a few hundred, from packed weights in float16: launches kernels/linear_some.cu."""
+"""Projections of some rows, 2 to 64, from packed weights in float16: launches kernels/linear_some.cu."""
 
 from __future__ import annotations
 
@@ -78,9 +78,10 @@ def shape_for(kind: str, own: float, token_tiles: int, gated: bool = False) -> S
         return Shape(2, 2, *((8, 2) if token_tiles <= 2 else (4, 3)), 1)
     if token_tiles > 2:
         return Shape(8, 2, 4, 3, 1)
-    if form.low + form.high <= 5:
+    bits = form.low + form.high  # which decide how much of two blocks registers hold
+    if bits < 5 or (bits == 5 and token_tiles == 1):
         return Shape(4, 2, 8, 2, 2)
-    return Shape(4, 2, 8, 2, 1) if gated else Shape(4, 1, 8, 2, 2)  # what registers hold of two blocks
+    return Shape(4, 2, 8, 2, 1) if gated or bits == 5 else Shape(4, 1, 8, 2, 2)
 
 
 def choose(kind: str, own: float, count: int, shared_limit: int, gated: bool = False) -> tuple[int, int, Shape] | None:
@@ -114,7 +115,7 @@ VARIANTS = (
         for token_tiles in _TOKEN_TILES
         for own in (1, 3, 30)
     ),
-    *(_variant(kind, 1, shape_for(kind, 30, 1)) for kind in FORMATS),
+    *(_variant(kind, token_tiles, shape_for(kind, 30, token_tiles)) for kind in FORMATS for token_tiles in (1, 2)),
     *(
         _variant(kind, token_tiles, shape_for(kind, 30, token_tiles, True), "f16", "silu", True)
         for kind in ("Q4_K", "Q6_K", "Q8_0")
