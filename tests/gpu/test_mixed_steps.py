@@ -156,7 +156,7 @@ def test_decodes_whose_contexts_are_split_stand_beside_prompts(name, load, views
     assert tolerance.error(pair.gpu.logits(sequences.after(numbers)), next_expected) < tolerance.CUDA_LOGITS
 
 
-def test_single_tokens_of_which_not_all_have_logits_are_decodes_without_a_graph(load, views):
+def test_single_tokens_of_which_not_all_have_logits_take_the_attention_of_decode(load, views):
     pair = load("llama-gqa")
     sequences = Sequences(pair, PIECES[:5])
     expected, _ = sequences.expected(pair, range(5))
