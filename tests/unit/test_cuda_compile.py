@@ -36,9 +36,12 @@ def test_no_kernel_file_is_left_out() -> None:
 
 
 def test_every_kernel_compiles_without_warnings_and_hot_ones_do_not_spill() -> None:
-    reports = compile_all(["sm_90a"])  # `polyhead doctor --kernels`, which CI runs, compiles for the others as well
+    # A few specialisations of each file. `polyhead doctor --kernels` compiles all of them, CI all for Hopper.
+    of = {file: [variant for variant in variants() if variant.file == file] for file in kernel_files()}
+    wanted = [variant for each in of.values() for variant in each[:: max(1, len(each) // 4)]]
+    reports = compile_all(["sm_90a"], wanted)
     print(table(reports))
-    assert len(reports) == len(variants())
+    assert len(reports) == len(wanted)
     problems = [f"{report.variant}: {report.problem}" for report in reports if report.problem]
     assert not problems, "\n".join(problems)
 
