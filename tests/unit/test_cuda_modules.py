@@ -13,7 +13,8 @@ from polyhead.plugin_checks import read_plugin
 from polyhead.runtime.contract import RuntimeOptions
 from polyhead.runtime.cuda.formats import flat_shape, matrix_bytes
 from polyhead.runtime.cuda.memory import Array
-from polyhead.runtime.cuda.modules import Stack, kinds_of
+from polyhead.runtime.cuda.modules import Stack, kinds_of, with_act
+from polyhead.runtime.cuda.ops.linear_wide import room_bytes
 from polyhead.runtime.cuda.plan import check, narrow_bytes, scratch_bytes, unpack_rows
 from polyhead.runtime.cuda.weights import matrix_names, resident_bytes
 from polyhead.runtime.modules import is_matrix
@@ -94,6 +95,30 @@ def test_the_plan_has_room_to_unpack_a_modules_matrices(norm):
     need = narrow + 2 * HIDDEN * unpack_rows(HIDDEN, 512)
     assert scratch_bytes(program(norm=norm), types, options, 132) == max(need, 4 * 64 * HIDDEN)
     assert need > 4 * 64 * HIDDEN
+
+
+@dataclass(frozen=True)
+class Narrow(Module):
+    """A quantised matrix of few rows, which takes little room unpacked."""
+
+    def tensors(self, hidden):
+        yield TensorSpec("matrix", (16, hidden))
+
+
+@pytest.mark.parametrize("tokens", [33, 64, 300, 512, 2048])
+def test_the_plan_has_room_to_put_a_modules_activations_in_order(tokens):
+    options = RuntimeOptions(max_tokens=tokens, max_batch=1)
+    assert scratch_bytes(program(Narrow()), types, options, 132) >= room_bytes(min(tokens, 512), HIDDEN)
+
+
+@pytest.mark.parametrize("act", ["f16", "bf16"])
+def test_macros_that_a_plugin_changes_later_are_another_object(act):
+    """Kernels are found by the identity of their macros, so a plugin's own dict must never be what is kept."""
+    own = {"PH_N": 1}
+    given = with_act(own, act)
+    own["PH_N"] = 2
+    assert given["PH_N"] == 1
+    assert with_act(own, act) is not own
 
 
 def test_a_stack_is_one_matrix_whose_parts_begin_tiles():
