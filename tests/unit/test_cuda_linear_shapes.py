@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 from polyhead.runtime.cuda.formats import FORMATS
 from polyhead.runtime.cuda.ops.linear import SOME_ROWS, WIDE_ROWS
-from polyhead.runtime.cuda.ops.linear_some import choose, ring_bytes
+from polyhead.runtime.cuda.ops.linear_some import choose, part_bytes, shared_bytes
 from polyhead.runtime.cuda.ops.linear_wide import SHAPES, room_bytes, shape_for
 
 #: Bytes of shared memory of a block: compute capability 7.5, 8.6 and 12.0, 8.0, 9.0.
 LIMITS = (64 << 10, 99 << 10, 163 << 10, 227 << 10)
-PART = 4 * 8 * 16 * 33  # static, of the sums that meet
 OWN = (0.01, 1, 2, 3, 5, 13.6, 60, 500)
 
 
@@ -26,7 +25,7 @@ def test_some_rows_fit_into_shared_memory(limit: int, gated: bool) -> None:
                     continue
                 parts, token_tiles, shape = chosen
                 assert parts * 8 * token_tiles >= count
-                assert ring_bytes(shape, token_tiles) + PART <= limit
+                assert shared_bytes(kind, shape, token_tiles) + part_bytes(token_tiles) <= limit
                 assert 8 % shape.row_warps == 8 % shape.groups == 0
                 assert shape.ring >= 2
                 assert not gated or shape.tiles % 2 == 0

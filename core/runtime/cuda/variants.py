@@ -19,13 +19,14 @@ from types import MappingProxyType
 class Variant:
     """One specialisation of a source file: ``kernels`` are the ``extern "C"`` names that it must hold.
 
-    A ``hot`` one runs for every token, so a register spill in it is an error.
+    A ``hot`` one runs for every token, so more than ``spills`` bytes of spilled registers in it are an error.
     """
 
     file: str
     kernels: tuple[str, ...]
     macros: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     hot: bool = False
+    spills: int = 0
 
     def __str__(self) -> str:
         return " ".join([self.file, *(f"{name}={value}" for name, value in sorted(self.macros.items()))])

@@ -1,5 +1,7 @@
-// out = x W^T for quantised tiles and some tokens, 2 to 64 to a block, through the tensor core, in float16: weights become
-// float16 numbers of their own (scaled.cuh).
+// out = x W^T for quantised tiles and some tokens, 2 to 64 to a block, through the tensor core, in float16. Weights become
+// float16 numbers of their own (scaled.cuh); or, with PH_SUMMED, they stay codes and sums are scaled (summed.cuh). The
+// first costs two instructions for each pair of weights, the second four for each 32 columns of 16 rows and 8 tokens: a third
+// fewer in all (Q4_K) where there are but 8 tokens, and instructions are what bounds the kernel there.
 //
 // A block owns a run of whole tiles of 16 rows and PH_TOKEN_TILES columns of 8 tokens (the grid's y chooses which). Its
 // warps stand in a grid of their own: PH_ROW_WARPS side by side, each with PH_TILES tiles, and K_WARPS of those behind one
@@ -9,10 +11,17 @@
 //
 // Weights go from memory to registers, each vector as soon as the one before it in its place is used up, so that a whole
 // unit is always under way. Activations come through a ring in shared memory, PH_STAGE_GROUPS groups of 32 columns at a
-// time, which the row warps of one K warp fill and read together. Sums of the K warps meet in their order.
+// time, which the row warps of one K warp fill and read together. Sums of the K warps meet in their order. With PH_SUMMED
+// each warp has the scales of its tiles' unit in shared memory behind the rings, and sums the activations for itself, once
+// for all of its tiles.
 
+#include "formats.cuh"
 #include "linear.cuh"
+#ifdef PH_SUMMED
+#include "summed.cuh"
+#else
 #include "scaled.cuh"
+#endif
 
 constexpr int WARPS = 8, TILES = PH_TOKEN_TILES, R = PH_TILES, ROW_WARPS = PH_ROW_WARPS, K_WARPS = WARPS / ROW_WARPS;
 constexpr int TOKENS = 8 * TILES, GROUPS = PH_STAGE_GROUPS, GROUP_BYTES = 64 * TOKENS;
@@ -28,32 +37,88 @@ namespace {
 // where 16 weights share a scale, 4*t..4*t+3 and 16 more: the same of weights and activations, so sums do not change.
 constexpr bool SPLIT = PH_GROUP == 16, EVEN = PH_BLOCK == 256;
 
-struct Tile {
-  Unit now;
+#ifdef PH_SUMMED
+
+constexpr int OWN_BYTES = R * (SCALE_BYTES + OFFSET_BYTES);  // of a warp, in shared memory
+
+struct Scaling {
+  // Between two barriers of the warp: before, others may still read the last unit's scales; after, all lie there.
+  __device__ __forceinline__ void begin(const Unit& q, u8* own, int lane) {
+    put_scales(q, own, lane >> 2, lane & 3);
+    if (OFFSETS) put_offsets(q, own + SCALE_BYTES, lane);
+  }
+  __device__ __forceinline__ void multiply(const Unit& q, const u8* own, int j, int lane,
+                                           const u32 (&b)[TILES][4], float (&acc)[TILES][4]) {
+    float d[TILES][4] = {};
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      u32 a[4];
+      codes_of_step(q, 2 * j + s, a);
+#pragma unroll
+      for (int n8 = 0; n8 < TILES; ++n8) {
+        const u32 pair[2] = {b[n8][2 * s], b[n8][2 * s + 1]};
+        ph_mma(d[n8], a, pair);
+        if (s < 2 - PARTS) continue;
+        const float2 factor = scales_at(own, PARTS == 2 ? 2 * j + s : j, lane >> 2);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          acc[n8][e] = fmaf(e < 2 ? factor.x : factor.y, d[n8][e], acc[n8][e]);
+          d[n8][e] = 0.0f;
+        }
+      }
+    }
+  }
+};
+
+#else
+
+constexpr int OWN_BYTES = 0;
+
+struct Scaling {
   Packed scales;
   u32 factor[2], minus[2];  // of the step under way
-  const u8* next;           // null: there is none
 
-  __device__ __forceinline__ void find(const u8* weights, int tile, int unit, i64 tile_bytes) {
-    next = weights + tile * tile_bytes + (i64)unit * PH_UNIT_BYTES;
+  __device__ __forceinline__ void begin(const Unit& q, u8*, int) { pack(q, scales); }
+  __device__ __forceinline__ void multiply(const Unit& q, const u8*, int j, int lane, const u32 (&b)[TILES][4],
+                                           float (&acc)[TILES][4]) {
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      if (s < PARTS) scales_of(scales, j, s, lane, factor, minus);
+      u32 a[4];
+      weights_of_step(q, 2 * j + s, factor, minus, a);
+#pragma unroll
+      for (int n8 = 0; n8 < TILES; ++n8) {
+        const u32 pair[2] = {b[n8][2 * s], b[n8][2 * s + 1]};
+        ph_mma(acc[n8], a, pair);
+      }
+    }
+  }
+};
+
+#endif
+
+struct Tile {
+  Unit now;
+  Scaling scaling;
+  const u8* next;  // the lane's place in its vectors; null: there is none
+
+  __device__ __forceinline__ void find(const u8* weights, int tile, int unit, i64 tile_bytes, int lane) {
+    next = weights + tile * tile_bytes + (i64)unit * PH_UNIT_BYTES + 16 * lane;
   }
   __device__ __forceinline__ void load_all(int unit, int cols, int lane) {
-    if (next != nullptr) load_unit(now, next, lane, vectors_in(unit, cols));
+    if (next != nullptr) load_unit(now, next - 16 * lane, lane, vectors_in(unit, cols));
   }
-  __device__ __forceinline__ void begin(int lane) {
-    pack(now, scales);
-    if (next != nullptr) load_scales(now, next, lane);
+  __device__ __forceinline__ void begin(u8* own, int lane) { scaling.begin(now, own, lane); }
+  __device__ __forceinline__ void refill_scales(int lane) {
+    if (next != nullptr) load_scales(now, next - 16 * lane, lane);
   }
-  __device__ __forceinline__ void prepare(int j, int s, int lane) {
-    if (s < PARTS) scales_of(scales, j, s, lane, factor, minus);
-  }
-  __device__ __forceinline__ void step(int j, int s, u32 (&a)[4]) const {
-    weights_of_step(now, 2 * j + s, factor, minus, a);
-  }
-  __device__ __forceinline__ void refill(int j, int unit, int cols, int lane) {
-    if (next == nullptr) return;
-    if ((j + 1) % LOW_GROUPS == 0) load_low(now, next, lane, j / LOW_GROUPS, vectors_in(unit, cols));
-    if (PH_HIGH_BITS && (j + 1) % HIGH_GROUPS == 0) load_high(now, next, lane, j / HIGH_GROUPS);
+  // Vectors beyond the last column keep the codes that were there before: activations are zeros there.
+  __device__ __forceinline__ void refill(int j, int vectors) {
+    const int low = j / LOW_GROUPS, high = j / HIGH_GROUPS;
+    if ((j + 1) % LOW_GROUPS == 0)
+      ph_ldg128_once_if(now.low + 4 * low, next + PH_LOW_AT + 512 * low, next != nullptr && low < vectors);
+    if (PH_HIGH_BITS && (j + 1) % HIGH_GROUPS == 0)
+      ph_ldg128_once_if(now.high + 4 * high, next + PH_HIGH_AT + 512 * high, next != nullptr);
   }
 };
 
@@ -67,54 +132,68 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PH_CTAS)
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int k_warp = warp / ROW_WARPS, row_warp = warp % ROW_WARPS;
   u8* const ring = reinterpret_cast<u8*>(dynamic) + k_warp * RING * STAGE;
+  u8* const own_shared = reinterpret_cast<u8*>(dynamic) + K_WARPS * RING * STAGE + warp * OWN_BYTES;
 
   const int own_rows = rows / PARTNERS, all = ph_div_up(own_rows, 16), units = ph_div_up(cols, 256);
-  const int first = (int)((i64)blockIdx.x * all / gridDim.x);
-  const int count = (int)((i64)(blockIdx.x + 1) * all / gridDim.x) - first;
-  const int passes = ph_div_up(count, SLOTS * ROW_WARPS);
+  // The block's tiles: wanted once a pass, so not kept in registers.
+  __shared__ int run[WARPS][2];
+  if (lane == 0) {
+    const int first = (int)((i64)blockIdx.x * all / gridDim.x);
+    run[warp][0] = first, run[warp][1] = (int)((i64)(blockIdx.x + 1) * all / gridDim.x) - first;
+  }
+  __syncwarp();
+  auto passes = [&] { return ph_div_up((int)*(volatile int*)&run[warp][1], SLOTS * ROW_WARPS); };
+  auto begin_of = [&](int pass) {
+    const int count = *(volatile int*)&run[warp][1];
+    return *(volatile int*)&run[warp][0] + pass * count / ph_div_up(count, SLOTS * ROW_WARPS);
+  };
   const int own = k_warp < units ? ph_div_up(units - k_warp, K_WARPS) : 0;  // units of a pass
   const int token0 = TOKENS * blockIdx.y;
   x += (i64)token0 * cols;
   tokens = min(tokens - token0, TOKENS);
 
   // ---- weights: the tiles of a pass, and where the loads go on
-  auto begin_of = [&](int pass) { return first + pass * count / passes; };
   Tile tile[R] = {};
-  int next_pass = 0, next_n = 0, next_unit = 0;
-  auto to_next = [&] {
+  // From a tile's unit to the next one that the warp has, or to the first one of a pass.
+  auto to_next = [&](bool begins, int pass) {
+    if (!begins) {
 #pragma unroll
-    for (int r = 0; r < R; ++r) tile[r].next = nullptr;
-    if (next_pass >= passes || own == 0) return;
-    next_unit = k_warp + K_WARPS * next_n;
+      for (int r = 0; r < R; ++r)
+        if (tile[r].next != nullptr) tile[r].next += K_WARPS * PH_UNIT_BYTES;
+    } else {
 #pragma unroll
-    for (int r = 0; r < R; ++r) {
-      const int index = begin_of(next_pass) + row_warp * SLOTS + r / PARTNERS;
-      if (index < begin_of(next_pass + 1)) tile[r].find(weights, index + r % PARTNERS * all, next_unit, tile_bytes);
+      for (int r = 0; r < R; ++r) tile[r].next = nullptr;
+      if (pass >= passes() || own == 0) return;
+      asm volatile("" : "+r"(pass));  // else what follows would be worked out before the loop, and keep registers
+      const int from = begin_of(pass), to = begin_of(pass + 1);
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        const int index = from + row_warp * SLOTS + r / PARTNERS;
+        if (index < to) tile[r].find(weights, index + r % PARTNERS * all, k_warp, tile_bytes, lane);
+      }
     }
-    if (++next_n == own) next_n = 0, ++next_pass;
   };
-  to_next();
+  to_next(true, 0);
 #pragma unroll
-  for (int r = 0; r < R; ++r) tile[r].load_all(next_unit, cols, lane);
-  to_next();
+  for (int r = 0; r < R; ++r) tile[r].load_all(k_warp, cols, lane);
+  to_next(own == 1, 1);
 
   // ---- activations: a lane's share of a group is a piece of 16 bytes of every 8th token (with more row warps, fewer)
-  const int steps = passes * own * (8 / GROUPS);
-  int filled = 0, fill_unit = k_warp, fill_group = 0, fill_slot = 0;
-  auto fill = [&] {
-    if (filled < steps) {
+  int unfilled = passes() * own * (8 / GROUPS), fill_unit = k_warp, fill_group = 0;
+  auto fill = [&](u8* slot) {
+    if (unfilled > 0) {
       const int column = 256 * fill_unit + 32 * fill_group + 8 * t;
 #pragma unroll
       for (int i = 0; i < ph_div_up(TILES, ROW_WARPS); ++i) {
         const int token = 8 * (i * ROW_WARPS + row_warp) + g;
         if (TILES % ROW_WARPS == 0 || token < TOKENS) {
           const bool there = token < tokens;
-          const act_t* from = x + (there ? (i64)token * cols + column : 0);
-          u8* to = ring + fill_slot * STAGE + 64 * token + ((16 * t) ^ ((token & 2) << 4));
+          const act_t* from = x + (i64)min(token, tokens - 1) * cols + column;
+          u8* to = slot + 64 * token + ((16 * t) ^ ((token & 2) << 4));
 #pragma unroll
           for (int j = 0; j < GROUPS; ++j) {
             const bool inside = there && (EVEN || column + 32 * j < cols);
-            ph_cp_async16(to + j * GROUP_BYTES, inside ? from + 32 * j : x, inside);
+            ph_cp_async16(to + j * GROUP_BYTES, from + 32 * j, inside);
           }
         }
       }
@@ -123,27 +202,38 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PH_CTAS)
         fill_group = 0, fill_unit += K_WARPS;
         if (fill_unit >= units) fill_unit = k_warp;
       }
-      fill_slot = fill_slot + 1 == RING ? 0 : fill_slot + 1;
-      ++filled;
+      --unfilled;
     }
     ph_cp_async_commit();
   };
   ph_wait_for_inputs();
   ph_let_next_begin();
 #pragma unroll
-  for (int s = 0; s < RING - 1; ++s) fill();
+  for (int s = 0; s < RING - 1; ++s) fill(ring + s * STAGE);
 
 #ifdef PH_ACTIVATED
   const StoreActivated store{out, bias, own_rows};
 #else
   const Store store{out, bias, scale, accumulate};
 #endif
-  const u8* stage = ring;
-  for (int pass = 0; pass < passes; ++pass) {
+#ifdef PH_SUMMED
+  Sums<TILES> sums;
+  sums.begin(g);
+#endif
+  u8* stage = ring;
+  for (int pass = 0; pass < passes(); ++pass) {
     float acc[R][TILES][4] = {};
     for (int n = 0; n < own; ++n) {
+      const int vectors = vectors_in(n + 1 == own ? k_warp : k_warp + K_WARPS * (n + 1), cols);  // of the unit to load
+#ifdef PH_SUMMED
+      sums.clear();
+      __syncwarp();
+#endif
 #pragma unroll
-      for (int r = 0; r < R; ++r) tile[r].begin(lane);
+      for (int r = 0; r < R; ++r) tile[r].begin(own_shared + r * (OWN_BYTES / R), lane);
+#ifdef PH_SUMMED
+      __syncwarp();
+#endif
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         if (j % GROUPS == 0) {
@@ -169,34 +259,42 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PH_CTAS)
             b[n8][0] = both.x, b[n8][1] = both.y, b[n8][2] = both.z, b[n8][3] = both.w;
           }
         }
-        if (j % GROUPS == 0) fill();
+        if (j % GROUPS == 0) fill(stage == ring ? ring + (RING - 1) * STAGE : stage - STAGE);  // the one last read
+#ifdef PH_SUMMED
+        if (OFFSETS) sums.add(j, b);
+#endif
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-#pragma unroll
-          for (int s = 0; s < 2; ++s) {
-            tile[r].prepare(j, s, lane);
-            u32 a[4];
-            tile[r].step(j, s, a);
-#pragma unroll
-            for (int n8 = 0; n8 < TILES; ++n8) {
-              const u32 pair[2] = {b[n8][2 * s], b[n8][2 * s + 1]};
-              ph_mma(acc[r][n8], a, pair);
-            }
-          }
-          tile[r].refill(j, next_unit, cols, lane);
+          tile[r].scaling.multiply(tile[r].now, own_shared + r * (OWN_BYTES / R), j, lane, b, acc[r]);
+          tile[r].refill(j, vectors);
+          if (j == 1) tile[r].refill_scales(lane);  // not earlier: registers are short
+
         }
         if ((j + 1) % GROUPS == 0) stage = stage == ring + (RING - 1) * STAGE ? ring : stage + STAGE;
       }
-      to_next();
+#ifdef PH_SUMMED
+      if (OFFSETS) {
+        u32 pairs[TILES][PARTS][2];
+#pragma unroll
+        for (int n8 = 0; n8 < TILES; ++n8)
+#pragma unroll
+          for (int p = 0; p < PARTS; ++p) sums.pair(n8, p, pairs[n8][p]);
+#pragma unroll
+        for (int r = 0; r < R; ++r) take_away(own_shared + r * (OWN_BYTES / R) + SCALE_BYTES, lane, pairs, acc[r]);
+      }
+#endif
+      to_next(own == 1 || n + 2 == own, own == 1 ? pass + 2 : pass + 1);
     }
 
+    int thread = threadIdx.x;
+    asm volatile("" : "+r"(thread));  // else what is made of it here would keep registers all along
     const int from = begin_of(pass), mine = begin_of(pass + 1) - from;
 #pragma unroll
     for (int slot = 0; slot < SLOTS; ++slot)
 #pragma unroll
       for (int n0 = 0; n0 < TILES; n0 += PART_TILES) {
         const int columns = min(tokens - 8 * n0, 8 * PART_TILES);
-        float sum[PARTNERS][EACH];  // of a thread's places
+        float sum[PARTNERS][EACH];  // of a thread's places, those without a token too: else sums would be kept all along
 #pragma unroll
         for (int p = 0; p < PARTNERS; ++p) {
           __syncthreads();
@@ -205,12 +303,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PH_CTAS)
 #pragma unroll
             for (int e = 0; e < 4; ++e)
               if (n0 + n8 < TILES)
-                part[warp][g + 8 * (e >> 1)][8 * n8 + 2 * t + (e & 1)] = acc[slot * PARTNERS + p][n0 + n8][e];
+                part[thread >> 5][(thread >> 2 & 7) + 8 * (e >> 1)][8 * n8 + 2 * (thread & 3) + (e & 1)] =
+                    acc[slot * PARTNERS + p][n0 + n8][e];
           __syncthreads();
 #pragma unroll
           for (int i = 0; i < EACH; ++i) {
-            const int at = threadIdx.x + 32 * WARPS * i, w = (at >> 4) % ROW_WARPS, column = (at >> 4) / ROW_WARPS;
-            if (column >= columns) continue;
+            const int at = thread + 32 * WARPS * i, w = (at >> 4) % ROW_WARPS;
+            const int column = min((at >> 4) / ROW_WARPS, 8 * PART_TILES);
             sum[p][i] = part[w][at & 15][column];
 #pragma unroll
             for (int k = 1; k < K_WARPS; ++k) sum[p][i] += part[k * ROW_WARPS + w][at & 15][column];
@@ -218,7 +317,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PH_CTAS)
         }
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
-          const int at = threadIdx.x + 32 * WARPS * i, w = (at >> 4) % ROW_WARPS, column = (at >> 4) / ROW_WARPS;
+          const int at = thread + 32 * WARPS * i, w = (at >> 4) % ROW_WARPS, column = (at >> 4) / ROW_WARPS;
           const int tile_index = w * SLOTS + slot, row = 16 * (from + tile_index) + (at & 15);
           if (column >= columns || tile_index >= mine || row >= own_rows) continue;
           const i64 index = (i64)(token0 + 8 * n0 + column) * ld + row;

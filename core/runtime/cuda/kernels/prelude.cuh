@@ -131,6 +131,34 @@ __device__ __forceinline__ u32 ph_ldg32_once(const void* p) {
   return v;
 }
 
+// Into v[0..3] where `there`, else nothing is read and v stays. No branch, so that the compiler does not put off the load.
+__device__ __forceinline__ void ph_ldg128_once_if(u32* v, const u8* p, bool there) {
+  asm volatile(
+      "{.reg .pred there; setp.ne.u32 there, %5, 0; @there ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];}"
+      : "+r"(v[0]), "+r"(v[1]), "+r"(v[2]), "+r"(v[3])
+      : "l"(p), "r"((u32)there));
+}
+
+// Values of which the compiler may not put off the load; not from L1, so another block may have written them.
+__device__ __forceinline__ float4 ph_load_now(const float4* p) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ float ph_load_now(const float* p) {
+  float v;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ act_t ph_load_now(const act_t* p) {
+  u16 v;
+  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(p) : "memory");
+  return *reinterpret_cast<act_t*>(&v);
+}
+
 // ---- copies from global to shared memory that do not pass through registers (a plain copy before 8.0)
 
 __device__ __forceinline__ u32 ph_shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }

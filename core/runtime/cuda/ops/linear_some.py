@@ -17,9 +17,15 @@ from ..variants import Variant
 from .checks import activation_macros, expect_product
 
 _WARPS = 8
+_SPILLS = 96
+"""Bytes that ptxas may spill, as it does on some GPUs: values of a pass, which are stored and loaded once for each."""
 _TOKEN_TILES = (1, 2, 3, 4, 6, 8)
 """Columns of 8 tokens that a block can have."""
-_PART_BYTES = 4 * _WARPS * 16 * 33  # of the sums that meet
+_SCALE_BYTES = {32: 1152, 16: 2176}
+"""Of a tile's unit where scales meet sums, by the weights that share one: SCALE_BYTES + OFFSET_BYTES in the kernels."""
+
+SUMMED_TILES = 2
+"""Columns of 8 tokens up to which scales meet sums, not weights (``kernels/summed.cuh``); 0: never."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +42,13 @@ class Shape:
 
 @cache
 def _macros(
-    kind: str, token_tiles: int, shape: Shape, out: str, activation: Activation | None = None, gated: bool = False
+    kind: str,
+    token_tiles: int,
+    shape: Shape,
+    summed: bool,
+    out: str,
+    activation: Activation | None = None,
+    gated: bool = False,
 ) -> Mapping[str, object]:
     return {
         **format_of(kind).macros(),
@@ -46,6 +58,7 @@ def _macros(
         "PH_STAGE_GROUPS": shape.groups,
         "PH_RING": shape.ring,
         "PH_CTAS": shape.blocks,
+        "PH_SUMMED": summed,
         "PH_OUT_F32": out == "f32",
         **activation_macros(activation, gated),
     }
@@ -59,8 +72,8 @@ def _variant(
     activation: Activation | None = None,
     gated: bool = False,
 ) -> Variant:
-    macros = _macros(kind, token_tiles, shape, out, activation, gated)
-    return Variant("linear_some.cu", ("ph_linear_some",), macros, hot=True)
+    macros = _macros(kind, token_tiles, shape, token_tiles <= SUMMED_TILES, out, activation, gated)
+    return Variant("linear_some.cu", ("ph_linear_some",), macros, hot=True, spills=_SPILLS)
 
 
 def shape_for(kind: str, own: float, token_tiles: int, gated: bool = False) -> Shape:
@@ -79,6 +92,10 @@ def shape_for(kind: str, own: float, token_tiles: int, gated: bool = False) -> S
     if token_tiles > 2:
         return Shape(8, 2, 4, 3, 1)
     bits = form.low + form.high  # which decide how much of two blocks registers hold
+    if bits == 8:  # a byte is a weight with little work, so fewer warps may share tokens
+        if token_tiles <= SUMMED_TILES:  # two blocks have too few registers for two tiles
+            return Shape(2, 2, 8, 2, 1) if gated else Shape(2, 1, 8, 2, 2)
+        return Shape(2, 2, 8, 2, 2 if token_tiles == 1 else 1)
     if bits < 5 or (bits == 5 and token_tiles == 1):
         return Shape(4, 2, 8, 2, 2)
     return Shape(4, 2, 8, 2, 1) if gated or bits == 5 else Shape(4, 1, 8, 2, 2)
@@ -88,7 +105,7 @@ def choose(kind: str, own: float, count: int, shared_limit: int, gated: bool = F
     """For ``count`` rows of activations: parts, columns of 8 tokens of each, and how blocks work on them.
 
     ``own`` is how many tiles a multiprocessor has. What does not fit into a block's shared memory becomes shorter
-    stages, then fewer tokens to a block. None where a gate cannot be had.
+    stages, then fewer blocks, then fewer tokens to a block. None where a gate cannot be had.
     """
     for most in (8, 4, 2, 1):
         parts = -(-count // (8 * most))
@@ -96,16 +113,24 @@ def choose(kind: str, own: float, count: int, shared_limit: int, gated: bool = F
         shape = shape_for(kind, own, token_tiles, gated)
         if gated and shape.tiles % 2:
             return None
-        for groups, ring in ((shape.groups, shape.ring), (1, 4), (1, 2)):
-            shape = replace(shape, groups=groups, ring=ring)
-            if shape.blocks * (ring_bytes(shape, token_tiles) + _PART_BYTES + 1024) <= shared_limit + 1024:
+        for groups, ring, blocks in ((shape.groups, shape.ring, 2), (1, 4, 2), (1, 2, 2), (1, 2, 1)):
+            shape = replace(shape, groups=groups, ring=ring, blocks=min(shape.blocks, blocks))
+            shared = shared_bytes(kind, shape, token_tiles)
+            if shape.blocks * (shared + part_bytes(token_tiles) + 1024) <= shared_limit + 1024:
                 return parts, token_tiles, shape
     raise DeviceError(f"linear_some: {shared_limit:,} bytes of shared memory are too few")
 
 
-def ring_bytes(shape: Shape, token_tiles: int) -> int:
-    """Dynamic shared memory of a block."""
-    return _WARPS // shape.row_warps * shape.ring * shape.groups * 512 * token_tiles
+def shared_bytes(kind: str, shape: Shape, token_tiles: int) -> int:
+    """Dynamic shared memory of a block: rings and, where they meet sums, the scales of each warp's tiles."""
+    rings = _WARPS // shape.row_warps * shape.ring * shape.groups * 512 * token_tiles
+    scales = _SCALE_BYTES[format_of(kind).group] if token_tiles <= SUMMED_TILES else 0
+    return rings + _WARPS * shape.tiles * scales
+
+
+def part_bytes(token_tiles: int) -> int:
+    """Static shared memory of a block: of the sums that meet."""
+    return 4 * _WARPS * 16 * (8 * min(token_tiles, 4) + 1)
 
 
 VARIANTS = (
@@ -174,8 +199,8 @@ def linear_some(
         np.int64(out.shape[1]),
         scale,
         accumulate,
-        shared=ring_bytes(shape, token_tiles),
-        macros=_macros(w.kind, token_tiles, shape, out.dtype, activation, gated),
+        shared=shared_bytes(w.kind, shape, token_tiles),
+        macros=_macros(w.kind, token_tiles, shape, token_tiles <= SUMMED_TILES, out.dtype, activation, gated),
         early=True,
     )
     return True
