@@ -14,6 +14,7 @@ from polyhead.errors import DeviceError
 from polyhead.runtime.cuda.context import Context
 from polyhead.runtime.cuda.formats import FORMATS, Matrix
 from polyhead.runtime.cuda.memory import Array
+from polyhead.runtime.cuda.ops import linear_one as op
 from polyhead.runtime.cuda.ops.linear_one import fits, linear_one
 
 pytestmark = pytest.mark.gpu
@@ -47,6 +48,30 @@ def test_every_format_agrees_with_float64(
     cols = blocks * (40 if kind in ("f16", "bf16") else FORMATS[kind].raw.weights)
     matrix, w = weights(kind, rows, cols)
     for dtype in ("f16", "bf16") if kind in FORMATS else (kind,):
+        x, values = row(put, get, cols, dtype)
+        out = poisoned((1, rows), "f32")
+        linear_one(ctx, x, matrix, out)
+        assert tolerance.error(get(out), values @ w.T) < ROUNDED["f32"]
+
+
+# Large matrices are shared out among more warps: here small ones too, some with fewer units than warps.
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(("rows", "blocks"), [(5, 1), (37, 7), (4700, 17)])
+def test_every_format_agrees_with_more_warps(
+    kind: str,
+    rows: int,
+    blocks: int,
+    ctx: Context,
+    weights: Weights,
+    put: Put,
+    poisoned: Put,
+    get: Get,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(op, "MANY_UNITS", 0)
+    cols = blocks * FORMATS[kind].raw.weights
+    matrix, w = weights(kind, rows, cols)
+    for dtype in ("f16", "bf16"):
         x, values = row(put, get, cols, dtype)
         out = poisoned((1, rows), "f32")
         linear_one(ctx, x, matrix, out)

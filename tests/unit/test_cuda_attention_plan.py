@@ -59,6 +59,14 @@ def test_long_contexts_fill_the_device_and_short_ones_are_not_cut_to_pieces() ->
     assert 8 * many.splits(spec, 131072) >= 32  # one long context among many short ones is not read by a few blocks
 
 
+def test_one_sequence_has_a_block_for_each_multiprocessor_as_large_as_fits() -> None:
+    for value_bytes in (1, 2):
+        alone, several = (plans.choose_plan(spec_of(32, 8, 128), rows, *HOPPER, value_bytes) for rows in (1, 8))
+        assert alone.warps > several.warps
+        assert 8 * alone.splits(spec_of(32, 8, 128), 1 << 15) <= 132
+        assert plans.choose_plan(spec_of(32, 8, 256), 1, *HOPPER, value_bytes).warps <= 8, "registers"
+
+
 @pytest.mark.parametrize("value_bytes", [1, 2])
 def test_blocks_fit_the_shared_memory_of_every_gpu(value_bytes: int) -> None:
     for dim in range(2, 257, 2):

@@ -113,8 +113,13 @@ __device__ __forceinline__ float soften(float x, float scale, float cap) {
   return cap - __fdividef(2.0f * cap, 1.0f + exp2_fast(x * scale));
 }
 
-// Row of the cache [blocks, kv_heads, PH_BLOCK_SIZE, D] that holds a key; its values begin at row * D. The table is read
-// past L1: a kernel that reads before it has waited must not meet what an older step left there.
+// Row of the cache [blocks, kv_heads, PH_BLOCK_SIZE, D] that holds a key, in this block; its values begin at row * D.
+__device__ __forceinline__ int cache_row(int block, int key, int kv_heads, int kv_head) {
+  return (block * kv_heads + kv_head) * PH_BLOCK_SIZE + key % PH_BLOCK_SIZE;
+}
+
+// The same by a block table. It is read past L1: a kernel that reads before it has waited must not meet what an older step
+// left there.
 __device__ __forceinline__ int cache_row(const int* block_table, int key, int kv_heads, int kv_head) {
-  return (__ldcg(block_table + key / PH_BLOCK_SIZE) * kv_heads + kv_head) * PH_BLOCK_SIZE + key % PH_BLOCK_SIZE;
+  return cache_row(__ldcg(block_table + key / PH_BLOCK_SIZE), key, kv_heads, kv_head);
 }

@@ -97,10 +97,10 @@ __device__ __forceinline__ void merge_warps(Partial& mine, Shared& shared, float
 __device__ __forceinline__ bool comes_last(int* counter, int splits, Shared& shared) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();  // what the block wrote is visible before the count is
-    shared.last = atomicAdd(counter, 1) == splits - 1;
+    int before;  // what the block wrote is visible to who sees the count, and what others wrote to this block
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    shared.last = before == splits - 1;
     if (shared.last) *counter = 0;  // ready for the next launch
-    __threadfence();
   }
   __syncthreads();
   return shared.last;

@@ -120,6 +120,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   // begun: so when this begins, every older step is done. A block that leaves early need not wait: in each row there is
   // one that does.
   const int length = __ldcg(context_lens + sequence), position = __ldcg(positions + sequence);
+  const int* table = block_tables + (i64)sequence * table_width;
+  // Where the first keys of all lie is asked for before it is known whether they are the block's.
+  int guesses[STAGES];
+#pragma unroll
+  for (int s = 0; s < STAGES; ++s) {
+    const int at = (TILE * (warp + s * WARPS) + (lane & 15)) / PH_BLOCK_SIZE;
+    guesses[s] = at < table_width ? __ldcg(table + at) : 0;
+  }
   if (length <= 0 || position < 0) {
     if (split > 0) return;
     ph_wait_for_inputs();
@@ -139,7 +147,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const bool newest = high == length;
   const int older = newest ? length - 1 : high;  // keys from here on are not in the cache yet
   const int first_tile = low / TILE, end = ph_div_up(high, TILE);
-  const int* table = block_tables + (i64)sequence * table_width;
 
   // Where the lane's key of a tile lies, if it is one of the block's.
   auto place = [&](int of) {
@@ -150,7 +157,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   int tile = first_tile + warp, places[STAGES];
 #pragma unroll
   for (int s = 0; s < STAGES; ++s) {
-    places[s] = place(tile + s * WARPS);
+    const int key = TILE * (warp + s * WARPS) + (lane & 15);
+    places[s] = first_tile > 0                 ? place(tile + s * WARPS)
+                : key >= low && key < older ? cache_row(guesses[s], key, kv_heads, kv_head)
+                                            : -1;
     clear_ends(ring + s * TILE_CHUNKS);
   }
   __syncwarp();

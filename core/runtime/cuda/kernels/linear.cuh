@@ -10,6 +10,11 @@ typedef float out_t;
 typedef act_t out_t;
 #endif
 
+// What a result is added to, where that is fetched long before the result is there.
+struct Addends {
+  float bias, before;  // of StoreActivated: bias, and the partner's
+};
+
 // out[index] = scale * (value + bias[row]), or that added to what is there.
 struct Store {
   out_t* out;
@@ -17,6 +22,13 @@ struct Store {
   float scale;
   int accumulate;
 
+  __device__ __forceinline__ Addends fetch(i64 index, int row) const {
+    return Addends{bias != nullptr ? ph_load_now(bias + row) : 0.0f,
+                   accumulate ? ph_to_float(ph_load_now(out + index)) : 0.0f};
+  }
+  __device__ __forceinline__ void operator()(i64 index, float value, float, const Addends& to) const {
+    out[index] = ph_from_float<out_t>(fmaf(value + to.bias, scale, to.before));
+  }
   __device__ __forceinline__ void operator()(i64 index, int row, float value) const {
     if (bias != nullptr) value += bias[row];
     value *= scale;
@@ -35,14 +47,29 @@ struct StoreActivated {
   const float* bias;  // nullptr: none
   int own;
 
-  __device__ __forceinline__ void operator()(i64 index, int row, float value, [[maybe_unused]] float partner) const {
-    if (bias != nullptr) value += bias[row];
-    value = activate(value);
+  __device__ __forceinline__ Addends fetch(i64, int row) const {
+    Addends of = {0.0f, 0.0f};
+    if (bias != nullptr) of.bias = ph_load_now(bias + row);
 #ifdef PH_GATED
-    if (bias != nullptr) partner += bias[own + row];
-    value *= partner;
+    if (bias != nullptr) of.before = ph_load_now(bias + own + row);
+#endif
+    return of;
+  }
+  __device__ __forceinline__ void operator()(i64 index, float value, [[maybe_unused]] float partner,
+                                             const Addends& to) const {
+    value = activate(value + to.bias);
+#ifdef PH_GATED
+    value *= partner + to.before;
 #endif
     out[index] = ph_from_float<out_t>(value);
+  }
+  __device__ __forceinline__ void operator()(i64 index, int row, float value, float partner) const {
+    Addends to = {0.0f, 0.0f};
+    if (bias != nullptr) to.bias = bias[row];
+#ifdef PH_GATED
+    if (bias != nullptr) to.before = bias[own + row];
+#endif
+    (*this)(index, value, partner, to);
   }
 };
 #endif

@@ -21,8 +21,10 @@
 #include "linear.cuh"
 
 // Blocks that registers must leave room for: this one's, and as much for the kernel beside it. Where that is too little,
-// as for bytes to bfloat16 and for the compiler from 12.0 on, one.
-#if !defined(PH_DENSE) && defined(PH_ACT_BF16)
+// as with more warps, for bytes to bfloat16 and for the compiler from 12.0 on, one.
+#if !defined(PH_DENSE) && PH_WARPS > 8
+constexpr int BLOCKS = 1;
+#elif !defined(PH_DENSE) && defined(PH_ACT_BF16)
 constexpr int BLOCKS = PH_LOW_BITS == 8 ? 1 : 2;
 #elif defined(PH_DENSE) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 constexpr int BLOCKS = 1;
@@ -30,6 +32,10 @@ constexpr int BLOCKS = 1;
 constexpr int BLOCKS = 2;
 #endif
 constexpr int WARPS = PH_WARPS, RING = PH_RING, THREADS = 32 * WARPS;
+constexpr int MOST_TILES = 128;  // of a block, partners counted
+// Of the ring, what is asked for before x: all of it but for an RMSNorm, whose x would come behind it. A LayerNorm takes so
+// long that weights are what comes late.
+constexpr int BEFORE = PH_NORM == 1 ? RING / 2 : RING;
 #ifdef PH_DENSE
 
 constexpr int ROWS = PH_TILE_ROWS;  // of a tile
@@ -234,7 +240,7 @@ __device__ __forceinline__ uint4 values(const void* x, int unit, int lane, int) 
 #if PH_NORM == 0
 
 // x in shared memory, zeros up to a multiple of 256.
-__device__ __forceinline__ void take_in(act_t* xs, const void* from, const float*, const float*, int cols, float, float*) {
+__device__ __forceinline__ void take_in(act_t* xs, const void* from, int cols) {
   ph_wait_for_inputs();
   const int loads = cols / 8, room = 32 * ph_div_up(cols, 256);
 #pragma unroll 8
@@ -244,25 +250,38 @@ __device__ __forceinline__ void take_in(act_t* xs, const void* from, const float
 
 #else
 
-// The norm of x as act_t in shared memory, zeros up to a multiple of 256.
-__device__ __forceinline__ void take_in(act_t* xs, const void* from, const float* weight, const float* bias, int cols,
-                                        float eps, float* scratch) {
-  const float4* w4 = reinterpret_cast<const float4*>(weight);
+// A norm's weights in registers: threads ask for them before anything else, so that they do not wait behind the ring.
+struct NormWeights {
+  float4 w[PH_ITEMS];
+
+  __device__ __forceinline__ void load(const float* weight, int cols) {
+#pragma unroll
+    for (int i = 0; i < PH_ITEMS; ++i) {
+      const int at = i * THREADS + threadIdx.x;
+      w[i] = at < cols / 4 ? reinterpret_cast<const float4*>(weight)[at] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+  }
+};
+
+// The norm of x as act_t in shared memory, zeros up to a multiple of 256. `asked` is called once x is under way.
+template <typename Asked>
+__device__ __forceinline__ void take_in(act_t* xs, const void* from, const NormWeights& weights, const float* bias,
+                                        int cols, float eps, float* scratch, Asked asked) {
   const float4* b4 = reinterpret_cast<const float4*>(bias);
   const int loads = cols / 4, room = 64 * ph_div_up(cols, 256);
   const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  float4 w[PH_ITEMS], x[PH_ITEMS];
+  const float4(&w)[PH_ITEMS] = weights.w;
+  float4 x[PH_ITEMS];
+  ph_wait_for_inputs();
 #pragma unroll
   for (int i = 0; i < PH_ITEMS; ++i) {
     const int at = i * THREADS + threadIdx.x;
-    w[i] = at < loads ? w4[at] : zero;
+    x[i] = at < loads ? ph_load_now(reinterpret_cast<const float4*>(from) + at) : zero;
   }
-  ph_wait_for_inputs();
+  asked();
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < PH_ITEMS; ++i) {
-    const int at = i * THREADS + threadIdx.x;
-    x[i] = at < loads ? __ldcg(reinterpret_cast<const float4*>(from) + at) : zero;
 #if PH_NORM == 2
     sum += x[i].x + x[i].y + x[i].z + x[i].w;
 #else
@@ -305,8 +324,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   extern __shared__ uint4 dynamic[];
   u8* shared = reinterpret_cast<u8*>(dynamic);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, units = ph_div_up(cols, 256);
-  float* scratch = reinterpret_cast<float*>(shared + WARPS * RING * SLOT);
+  [[maybe_unused]] float* scratch = reinterpret_cast<float*>(shared + WARPS * RING * SLOT);
   float* parts = scratch + 32;
+  // Of each tile, the warps that had its first and its last unit.
+  __shared__ u8 first_warp[MOST_TILES], last_warp[MOST_TILES];
 
   const int own_rows = rows / PARTNERS, items = ph_div_up(own_rows, ROWS);
   const int first = (int)((i64)blockIdx.x * items / gridDim.x);
@@ -315,6 +336,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const int begin = warp * total / WARPS, end = (warp + 1) * total / WARPS;
   u8* ring = shared + warp * RING * SLOT;
 
+#if PH_NORM != 0
+  NormWeights weights_of_norm;
+  weights_of_norm.load(norm_weight, cols);
+#endif
   // Of the loads, ahead of the sums by the length of the ring.
   Source source = {nullptr, 0, rows, cols, tile_bytes};
   int next_unit = begin % units, next_tile = begin / units;
@@ -326,25 +351,44 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       to_tile();
     }
   };
-  to_tile();
-#pragma unroll
-  for (int i = 0; i < RING; ++i) {
+  auto fill = [&](int i) {
     if (begin + i < end) fetch_next(i);
     ph_cp_async_commit();  // one group each time, so that the waits can count
-  }
+  };
+  to_tile();
+#pragma unroll
+  for (int i = 0; i < BEFORE; ++i) fill(i);
 #if PH_NORM == 0 && !defined(PH_DENSE)
   ph_wait_for_inputs();
 #else
   act_t* xs = reinterpret_cast<act_t*>(parts + (WARPS + count * PARTNERS + 1) / 2 * 2 * ROWS);
-  take_in(xs, x, norm_weight, norm_bias, cols, eps, scratch);
+#if PH_NORM == 0
+  take_in(xs, x, cols);
+#else
+  take_in(xs, x, weights_of_norm, norm_bias, cols, eps, scratch, [&] {
+#pragma unroll
+    for (int i = BEFORE; i < RING; ++i) fill(i);
+  });
+#endif
   x = xs;
   __syncthreads();
 #endif
   ph_let_next_begin();
 
+#ifdef PH_ACTIVATED
+  const StoreActivated store{out, bias, own_rows};
+#else
+  const Store store{out, bias, scale, accumulate};
+#endif
+  // Of the first THREADS rows, fetched now: at the end the next kernel would wait for it.
+  Addends addends = {0.0f, 0.0f};
+  const int early_row = first * ROWS + threadIdx.x;
+  if (threadIdx.x < count * ROWS && early_row < own_rows) addends = store.fetch(early_row, early_row);
+
   Sums sums;
   sums.clear();
   int unit = begin % units, tile = begin / units, slot = 0;
+  bool from_first = unit == 0;
   uint4 next_x = values(x, unit, lane, cols);  // one unit ahead
   auto add_next = [&](int n, bool refill) {
     const uint4 own_x = next_x;
@@ -360,7 +404,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       // (warp, tile) runs along a staircase, so that warp + tile is a place of its own
       sums.store(parts + (warp + tile) * ROWS, lane);
       sums.clear();
+      if (lane == 0 && from_first) first_warp[tile] = warp;
+      if (lane == 0 && unit == units) last_warp[tile] = warp;
       unit = 0, ++tile;
+      from_first = true;
     }
   };
   int n = begin;
@@ -368,29 +415,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   for (; n < end; ++n) add_next(n, false);
   __syncthreads();
 
-#ifdef PH_ACTIVATED
-  const StoreActivated store{out, bias, own_rows};
-#else
-  const Store store{out, bias, scale, accumulate};
-#endif
   for (int i = threadIdx.x; i < count * ROWS; i += THREADS) {
+    const int row = first * ROWS + i;
+    if (row >= own_rows) continue;
     float value[PARTNERS];
 #pragma unroll
     for (int p = 0; p < PARTNERS; ++p) {
       const int tile = i / ROWS * PARTNERS + p;
       value[p] = 0.0f;
-#pragma unroll
-      for (int w = 0; w < WARPS; ++w) {
-        const int from = max(w * total / WARPS, tile * units), to = min((w + 1) * total / WARPS, (tile + 1) * units);
-        if (from < to) value[p] += parts[(w + tile) * ROWS + i % ROWS];
-      }
+      for (int w = first_warp[tile]; w <= last_warp[tile]; ++w)
+        if (total >= WARPS || w * total / WARPS < (w + 1) * total / WARPS)  // else it had none
+          value[p] += parts[(w + tile) * ROWS + i % ROWS];
     }
-    const int row = first * ROWS + i;
-    if (row >= own_rows) continue;
-#ifdef PH_ACTIVATED
-    store(row, row, value[0], value[PARTNERS - 1]);
-#else
-    store(row, row, value[0]);
-#endif
+    store(row, value[0], value[PARTNERS - 1], i < THREADS ? addends : store.fetch(row, row));
   }
 }

@@ -95,7 +95,7 @@ VARIANTS = (
             hot=True,
         )
         for kind in _KINDS
-        for shape in ((8, 2), (4, 2))
+        for shape in ((8, 2), (4, 2), *(((12, 2),) if kind[0] <= 128 else ()))
     ),
     Variant(
         "attention_decode.cu",

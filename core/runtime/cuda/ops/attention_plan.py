@@ -21,6 +21,9 @@ _LONG = 2048  # keys that are worth a block where there are enough without split
 _SPREAD = 32  # blocks that a long context may have among many others: enough to read most of what memory gives
 _COMBINED = 256 << 10  # bytes of partial results per KV head that one block should have to add up
 _SHAPES = ((8, 2), (4, 2), (2, 2), (2, 1))  # warps, and tiles in the ring of each; the first that fits
+_LARGE = (12, 2)  # where blocks are few, each must read as much as a multiprocessor can
+_FEW = 4  # multiprocessors for each block make them few
+_LARGE_HEAD = 128  # components for which a large block has registers
 _RESIDENT = 4  # blocks on a multiprocessor at most
 
 
@@ -54,12 +57,16 @@ def choose_plan(
     """
     rows = 1 if fixed else rows
     blocks = counters(spec, rows)
-    shapes = _SHAPES if blocks <= sms else _SHAPES[1:]  # many small blocks hide each other's latency
+    shapes: tuple[tuple[int, int], ...] = _SHAPES
     # Room for a block of the next projection (linear_one.py), which begins to fetch its weights while this one runs.
-    beside = shared_limit // 2 - 2048
+    room_beside = shared_limit // 2 - 2048
+    if not fixed and _FEW * blocks <= sms and spec.head_dim <= _LARGE_HEAD:
+        shapes, room_beside = (_LARGE, *_SHAPES), shared_limit
+    elif blocks > sms:
+        shapes = _SHAPES[1:]  # many small blocks hide each other's latency
     fitting = [(*shape, _room(spec.head_dim, value_bytes, *shape)) for shape in shapes]
     warps, stages, room = next(
-        (shape for shape in fitting if shape[2] <= beside),
+        (shape for shape in fitting if shape[2] <= room_beside),
         next(
             (shape for shape in fitting if shape[2] <= shared_limit), fitting[-1]
         ),  # a launch will say what is missing

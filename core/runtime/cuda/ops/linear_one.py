@@ -10,25 +10,32 @@ import numpy as np
 from ....arch import Activation, LayerNorm
 from ..context import Context
 from ..device import CudaDevice
-from ..formats import FORMATS, TILE_ROWS, DenseMatrix, Matrix, QuantMatrix, format_of, units
+from ..formats import FORMATS, TILE_ROWS, DenseMatrix, Matrix, QuantMatrix, format_of, tiles, units
 from ..memory import Array
 from ..variants import Variant
 from .checks import FLOATS, HALVES, activation_macros, expect, expect_array
 from .rope import HeadNorm
 
 _NULL = np.uint64(0)
-#: Dense weights take the same instructions for fewer bytes, so it is more warps that keep the loads coming.
-_DENSE_WARPS, _TILE_WARPS = 16, 8
-_AHEAD = 16 << 10  # bytes of a warp under way, or more by less than a unit
+#: Units of a multiprocessor that make a quantised matrix a large one.
+MANY_UNITS = 100
+#: Dense weights take the same instructions for fewer bytes, so it is more warps that keep the loads coming; so do those
+#: of many units for each multiprocessor, while small matrices are better off with fewer sums to add up.
+_DENSE_WARPS, _TILE_WARPS, _MORE_WARPS = 16, 8, 12
+#: Bytes of a warp under way, or more by less than a unit. Enough to keep memory busy: more only wait for it in queues,
+#: and behind them all else that a step reads and writes.
+_DENSE_AHEAD, _AHEAD = 16 << 10, 4608
 _MOST_RING = 8
 _LEAST_RING = 2
 _MOST_ITEMS = 8  # values of a norm that a thread holds, in fours
-_MOST_TILES = 128  # of a block: their sums are kept until the end
+_MOST_TILES = 128  # of a block: their sums are kept until the end, and two bytes of static shared memory
 _FEW_TILES = 8  # of a block: with fewer, smaller tiles share the work out more evenly
 
 
-def _warps(dense: bool) -> int:
-    return _DENSE_WARPS if dense else _TILE_WARPS
+def _warps(device: CudaDevice, w: Matrix) -> int:
+    if isinstance(w, DenseMatrix):
+        return _DENSE_WARPS
+    return _MORE_WARPS if tiles(w.rows) * units(w.cols) >= MANY_UNITS * device.sms else _TILE_WARPS
 
 
 @cache
@@ -42,10 +49,11 @@ def _macros(
     activation: Activation | None,
     gated: bool,
     rows: int,
+    warps: int,
 ) -> Mapping[str, object]:
     return {
         **({"PH_DENSE": True, "PH_TILE_ROWS": rows} if kind in HALVES else format_of(kind).macros()),
-        "PH_WARPS": _warps(kind in HALVES),
+        "PH_WARPS": warps,
         "PH_RING": ring,
         "PH_NORM": norm,
         "PH_ITEMS": items if norm else None,
@@ -56,17 +64,27 @@ def _macros(
 
 
 def _variant(
-    kind: str, act: str, out: str, norm: int = 0, activation: Activation | None = None, gated: bool = False
+    kind: str,
+    act: str,
+    out: str,
+    norm: int = 0,
+    activation: Activation | None = None,
+    gated: bool = False,
+    warps: int = _TILE_WARPS,
 ) -> Variant:
-    ring, rows = 4, 4 if kind in HALVES else TILE_ROWS
-    macros = _macros(kind, act, out, ring, norm, 4, activation, gated, rows)
+    ring, rows = (4, 4) if kind in HALVES else (2, TILE_ROWS)
+    warps = _DENSE_WARPS if kind in HALVES else warps
+    macros = _macros(kind, act, out, ring, norm, 4, activation, gated, rows, warps)
     return Variant("linear_one.cu", ("ph_linear_one",), macros, hot=True)
 
 
 VARIANTS = (
     *(_variant(kind, "f16", "f32") for kind in (*FORMATS, "f16")),
-    *(_variant(kind, "f16", "f16", 1, "silu", True) for kind in ("Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "f16")),
+    *(_variant(kind, "f16", "f32", warps=_MORE_WARPS) for kind in FORMATS),
+    *(_variant(kind, "f16", "f16", 1, "silu", True) for kind in ("Q4_K", "Q6_K", "Q8_0", "f16")),
+    *(_variant(kind, "f16", "f16", 1, "silu", True, _MORE_WARPS) for kind in ("Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0")),
     *(_variant(kind, "bf16", "bf16", 1) for kind in ("Q3_K", "Q4_K", "Q8_0", "IQ4_XS", "bf16")),
+    *(_variant(kind, "bf16", "bf16", 1, warps=_MORE_WARPS) for kind in ("Q4_K", "Q8_0", "IQ4_XS")),
     *(_variant(kind, "f16", "f16", 2, "gelu_tanh") for kind in ("Q4_K", "f16")),
 )
 
@@ -75,7 +93,7 @@ def fits(device: CudaDevice, w: Matrix, *, normed: bool = False, gated: bool = F
     """Whether ``linear_one`` can do it: aligned columns, room in shared memory, halves that end at a tile's end."""
     if isinstance(w, DenseMatrix) and (w.cols % 8 or w.data.ptr % 16):
         return False
-    if normed and w.cols > 4 * _MOST_ITEMS * 32 * _warps(isinstance(w, DenseMatrix)):
+    if normed and w.cols > 4 * _MOST_ITEMS * 32 * _warps(device, w):
         return False
     if gated and w.rows % (2 * TILE_ROWS):
         return False
@@ -122,7 +140,8 @@ def linear_one(
     grid, ring, rows, shared = _shape(ctx.device, w, norm is not None, gated)
     kind, tile_bytes = (w.data.dtype, 0) if isinstance(w, DenseMatrix) else (w.kind, w.data.shape[1])
     normed = 0 if norm is None else 2 if isinstance(norm[0], LayerNorm) else 1
-    threads = 32 * _warps(isinstance(w, DenseMatrix))
+    warps = _warps(ctx.device, w)
+    threads = 32 * warps
     items = -(-w.cols // (4 * threads))
     ctx.launch(
         "linear_one.cu",
@@ -142,7 +161,7 @@ def linear_one(
         scale,
         accumulate,
         shared=shared,
-        macros=_macros(kind, act, out.dtype, ring, normed, items, activation, gated, rows),
+        macros=_macros(kind, act, out.dtype, ring, normed, items, activation, gated, rows, warps),
         early=True,
     )
 
@@ -154,8 +173,8 @@ def _vectors(norm: HeadNorm | None, cols: int) -> tuple[tuple[str, Array | None,
 def _shape(device: CudaDevice, w: Matrix, normed: bool, gated: bool) -> tuple[int, int, int, int]:
     """Blocks, units of a warp under way, rows of a tile, and bytes of shared memory."""
     partners = 2 if gated else 1
-    rows, warps = TILE_ROWS, _warps(isinstance(w, DenseMatrix))
-    staged = normed or isinstance(w, DenseMatrix)
+    rows, warps = TILE_ROWS, _warps(device, w)
+    staged, ahead = normed or isinstance(w, DenseMatrix), _DENSE_AHEAD if isinstance(w, DenseMatrix) else _AHEAD
     if isinstance(w, DenseMatrix):
         rows = 4 if w.rows >= 4 * _FEW_TILES * device.sms else 2
     items = -(-w.rows // (rows * partners))
@@ -165,8 +184,8 @@ def _shape(device: CudaDevice, w: Matrix, normed: bool, gated: bool) -> tuple[in
     # More than half of what a multiprocessor has, so that it never holds two blocks of such kernels: where the next
     # kernel begins early, its blocks would otherwise crowd where this one's have ended, two on some and none on others.
     alone = device.shared_limit // 2 + 16
-    for room in (alone, device.shared_limit):
-        ring = min(_MOST_RING, -(-_AHEAD // slot), (room - fixed) // (warps * slot))
+    for room in (alone, device.shared_limit - 2 * _MOST_TILES):
+        ring = min(_MOST_RING, max(_LEAST_RING, -(-ahead // slot)), (room - fixed) // (warps * slot))
         if ring >= _LEAST_RING:
             break
     return grid, ring, rows, max(alone, fixed + max(0, ring) * warps * slot)
