@@ -55,6 +55,7 @@ for stage in "$@"; do
         ;;
     batches)
         bench llama-8b-batches --shape llama-8b --quant F16,Q4_K_M -p 0 -n 64 -b 8,32,64
+        bench llama-8b-rows --shape llama-8b --quant Q8_0,Q4_K_M -p 0 -n 64 -b 1,2,4,8,16
         bench llama-8b-static throughput --shape llama-8b --quant F16,Q4_K_M -b 8,32,128 --set runtime.max_batch=128
         bench llama-1b-static throughput --shape llama-1b:F16 -b 8,32,128 --set runtime.max_batch=128
         ;;
