@@ -48,6 +48,8 @@ def test_a_fixed_plan_does_not_know_the_batch() -> None:
     spec = spec_of(32, 8, 128)
     found = {plans.choose_plan(spec, rows, *HOPPER, 2, fixed=True) for rows in (1, 2, 31, 200)}
     assert len(found) == 1
+    # It serves any batch, so it is not the one that fits a single sequence best.
+    assert found.pop().warps < plans.choose_plan(spec, 1, *HOPPER, 2).warps
 
 
 def test_long_contexts_fill_the_device_and_short_ones_are_not_cut_to_pieces() -> None:

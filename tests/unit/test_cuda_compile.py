@@ -200,6 +200,10 @@ extern "C" __global__ void __launch_bounds__(1024, 2) spills(float* p, int n) {
     made = compiler(text=spilling)
     assert "spills spills" in compile_variant(made, Variant("one.cu", ("spills",), hot=True)).problem
     assert compile_variant(made, Variant("one.cu", ("spills",))).problem == ""
+    (usage,) = compile_variant(made, Variant("one.cu", ("spills",))).usage
+    for allowed, passes in ((usage.spilled, True), (usage.spilled - 1, False)):
+        report = compile_variant(made, Variant("one.cu", ("spills",), hot=True, spills=allowed))
+        assert (report.problem == "") == passes
     assert "no kernel other" in compile_variant(made, Variant("one.cu", ("other",))).problem
     careless = compiler(text='extern "C" __global__ void one(int* p) { int unused; *p = 1; }')
     assert "unused" in compile_variant(careless, Variant("one.cu", ("one",))).problem
