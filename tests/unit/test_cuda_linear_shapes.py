@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from polyhead.runtime.cuda.formats import FORMATS
 from polyhead.runtime.cuda.ops.linear import SOME_ROWS, WIDE_ROWS
-from polyhead.runtime.cuda.ops.linear_some import choose, part_bytes, shared_bytes
+from polyhead.runtime.cuda.ops.linear_some import SUMMED_TILES, choose, part_bytes, shared_bytes
 from polyhead.runtime.cuda.ops.linear_wide import SHAPES, room_bytes, shape_for
 
 #: Bytes of shared memory of a block: compute capability 7.5, 8.6 and 12.0, 8.0, 9.0.
@@ -29,6 +29,15 @@ def test_some_rows_fit_into_shared_memory(limit: int, gated: bool) -> None:
                 assert 8 % shape.row_warps == 8 % shape.groups == 0
                 assert shape.ring >= 2
                 assert not gated or shape.tiles % 2 == 0
+
+
+def test_where_scales_meet_sums_blocks_have_room_for_them() -> None:
+    for kind, form in FORMATS.items():
+        for token_tiles in range(1, SUMMED_TILES + 1):
+            _, _, shape = choose(kind, 13.6, 8 * token_tiles, LIMITS[3])
+            activations = 8 // shape.row_warps * shape.ring * shape.groups * 32 * 2 * 8 * token_tiles
+            scales = 4 * 16 * 256 // form.group  # of a tile's unit, and as much for what meets the activations' sums
+            assert shared_bytes(kind, shape, token_tiles) >= activations + 8 * shape.tiles * 2 * scales
 
 
 def test_on_a_large_gpu_every_way_is_as_measured() -> None:
