@@ -14,8 +14,9 @@ from polyhead.errors import DeviceError
 from polyhead.runtime.cuda.context import Context
 from polyhead.runtime.cuda.formats import FORMATS, Matrix, QuantMatrix
 from polyhead.runtime.cuda.memory import Array
-from polyhead.runtime.cuda.ops.linear_some import linear_some, shape_for
+from polyhead.runtime.cuda.ops.linear_some import linear_some
 from polyhead.runtime.cuda.ops.linear_wide import SHAPES, fits_wide, linear_wide, room_bytes
+from polyhead.runtime.cuda.ops.some_shapes import TOKEN_TILES, shape_for
 
 pytestmark = pytest.mark.gpu
 Put = Callable[..., Array]
@@ -84,15 +85,20 @@ def test_sizes_of_real_models_agree_with_float64(
         assert tolerance.error(get(out), values @ w.T) < PACKED["f16"]
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q3_K", "Q5_1"])
+@pytest.mark.parametrize("kind", ["Q4_K", "Q3_K", "Q5_1", "Q8_0"])
 @pytest.mark.parametrize("op", ["some", "wide"])
 def test_every_way_that_blocks_work_agrees_with_float64(
     kind: str, op: str, ctx: Context, weights: Weights, put: Put, poisoned: Put, get: Get
 ) -> None:
     matrix, w = weights(kind, 5000, 2304)
-    for count in (70, 257) if op == "wide" else (8, 16, 24, 32, 64):
+    for count in (70, 257) if op == "wide" else (8 * n for n in TOKEN_TILES):
         x, values = inputs(put, count, 2304)
-        for shape in SHAPES if op == "wide" else {shape_for(kind, own, count // 8) for own in (1, 4, 20)}:
+        some = (
+            {shape_for(kind, own, count // 8, units=n) for own in (1, 2, 3, 4, 7, 20) for n in (9, 50)}
+            if op == "some"
+            else ()
+        )
+        for shape in some or SHAPES:
             out = poisoned((count, 5000), "f32")
             PRODUCTS[op](ctx, poisoned, x, matrix, out, shape=shape)
             assert tolerance.error(get(out), values @ w.T) < PACKED["f32"], shape

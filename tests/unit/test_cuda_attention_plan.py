@@ -69,6 +69,13 @@ def test_one_sequence_has_a_block_for_each_multiprocessor_as_large_as_fits() -> 
         assert plans.choose_plan(spec_of(32, 8, 256), 1, *HOPPER, value_bytes).warps <= 8, "registers"
 
 
+def test_where_the_largest_block_does_not_fit_there_is_room_beside_the_next() -> None:
+    shared = 163 << 10
+    plan = plans.choose_plan(spec_of(32, 8, 128), 1, 108, shared, 2)
+    assert plan.warps <= 8
+    assert plans.decode_shared_bytes(128, 2, plan.warps, plan.stages) <= shared // 2 - 2048
+
+
 @pytest.mark.parametrize("value_bytes", [1, 2])
 def test_blocks_fit_the_shared_memory_of_every_gpu(value_bytes: int) -> None:
     for dim in range(2, 257, 2):

@@ -210,8 +210,11 @@ class CudaModel:
 
 
 def _bucket(sequences: int) -> int:
-    """The number of sequences a graph is captured for: the next power of two, or multiple of 16 above 16."""
-    return 1 << (sequences - 1).bit_length() if sequences <= 16 else -(-sequences // 16) * 16
+    """The sequences a graph is captured for: up to 16 a power of two, up to 32 a multiple of 8, then of 16."""
+    if sequences <= 16:
+        return 1 << (sequences - 1).bit_length()
+    step = 8 if sequences <= 32 else 16
+    return -(-sequences // step) * step
 
 
 def _width(blocks: int) -> int:

@@ -24,6 +24,8 @@ constexpr int LOW_WORDS = 4 * PH_LOW_BITS;
 constexpr int LOW_VECTORS = PH_LOW_BITS;
 constexpr int HIGH_WORDS = 4 * PH_HIGH_BITS;
 constexpr int PARTS = PH_GROUP == 16 ? 2 : 1;  // scales in a group of 32
+// Groups of 32 columns after which a vector of low (high) bits is used up.
+constexpr int LOW_GROUPS = 8 / LOW_VECTORS, HIGH_GROUPS = PH_HIGH_BITS == 2 ? 4 : 8;
 
 // A fragment's value is UNIT[h] * integer + BIAS[h] in rows g (h = 0) and g + 8 (h = 1).
 #ifdef PH_ACT_BF16
@@ -65,6 +67,9 @@ __host__ __device__ constexpr int low_bit(int i, int r, int p) {
 __host__ __device__ constexpr int high_bit(int i, int r, int p) {
   return (HIGH_PLACE + 4 * (r & 1) + 16 * p + high_turn(i) + 8 * (r >> 1) + 32) & 31;
 }
+
+// A number in both halves of a register.
+__device__ __forceinline__ u32 twice(float x) { return ph_act2_bits(ph_to_act2(x, x)); }
 
 // ---- a lane's share of a unit
 

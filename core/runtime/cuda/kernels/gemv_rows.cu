@@ -77,5 +77,5 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   for (int n = 0; n < TILES; ++n)
 #pragma unroll
     for (int e = 0; e < 4; ++e) part[warp][g + 8 * (e >> 1)][8 * n + 2 * t + (e & 1)] = acc[n][e];
-  sum_and_store<8 * TILES>(part, first, rows, tokens, ld, Store{out, bias, scale, accumulate});
+  sum_and_store<8 * TILES>(part, first, rows, tokens, ld, Store{out, bias, rows, scale, accumulate});
 }

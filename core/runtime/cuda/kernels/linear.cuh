@@ -10,69 +10,47 @@ typedef float out_t;
 typedef act_t out_t;
 #endif
 
-// What a result is added to, where that is fetched long before the result is there.
+#ifdef PH_ACTIVATED
+#include "activate.cuh"
+#endif
+
+// What a result is added to: it may be fetched long before the result is there.
 struct Addends {
-  float bias, before;  // of StoreActivated: bias, and the partner's
+  float bias, before;  // before: what is there or, where PH_GATED, the partner's bias
 };
 
 // out[index] = scale * (value + bias[row]), or that added to what is there.
+// With PH_ACTIVATED act(value + bias[row]) or, where PH_GATED, that times (partner + bias[own + row]): row `row` of the
+// second half of the matrix is the partner of row `row` of the first, which has `own` rows.
 struct Store {
   out_t* out;
   const float* bias;  // nullptr: none
+  int own;
   float scale;
   int accumulate;
 
-  __device__ __forceinline__ Addends fetch(i64 index, int row) const {
-    return Addends{bias != nullptr ? ph_load_now(bias + row) : 0.0f,
-                   accumulate ? ph_to_float(ph_load_now(out + index)) : 0.0f};
-  }
-  __device__ __forceinline__ void operator()(i64 index, float value, float, const Addends& to) const {
-    out[index] = ph_from_float<out_t>(fmaf(value + to.bias, scale, to.before));
-  }
-  __device__ __forceinline__ void operator()(i64 index, int row, float value) const {
-    if (bias != nullptr) value += bias[row];
-    value *= scale;
-    if (accumulate) value += ph_to_float(out[index]);
-    out[index] = ph_from_float<out_t>(value);
-  }
-};
-
-#ifdef PH_ACTIVATED
-#include "activate.cuh"
-
-// out[index] = act(value + bias[row]) or, where PH_GATED, that times (partner + bias[own + row]): row `row` of the second
-// half of the matrix is the partner of row `row` of the first, which has `own` rows.
-struct StoreActivated {
-  out_t* out;
-  const float* bias;  // nullptr: none
-  int own;
-
-  __device__ __forceinline__ Addends fetch(i64, int row) const {
-    Addends of = {0.0f, 0.0f};
-    if (bias != nullptr) of.bias = ph_load_now(bias + row);
-#ifdef PH_GATED
+  __device__ __forceinline__ Addends fetch([[maybe_unused]] i64 index, int row) const {
+    Addends of = {bias != nullptr ? ph_load_now(bias + row) : 0.0f, 0.0f};
+#if defined(PH_GATED)
     if (bias != nullptr) of.before = ph_load_now(bias + own + row);
+#elif !defined(PH_ACTIVATED)
+    if (accumulate) of.before = ph_to_float(ph_load_now(out + index));
 #endif
     return of;
   }
   __device__ __forceinline__ void operator()(i64 index, float value, [[maybe_unused]] float partner,
                                              const Addends& to) const {
+#ifdef PH_ACTIVATED
     value = activate(value + to.bias);
 #ifdef PH_GATED
     value *= partner + to.before;
 #endif
+#else
+    value = fmaf(value + to.bias, scale, to.before);
+#endif
     out[index] = ph_from_float<out_t>(value);
   }
-  __device__ __forceinline__ void operator()(i64 index, int row, float value, float partner) const {
-    Addends to = {0.0f, 0.0f};
-    if (bias != nullptr) to.bias = bias[row];
-#ifdef PH_GATED
-    if (bias != nullptr) to.before = bias[own + row];
-#endif
-    (*this)(index, value, partner, to);
-  }
 };
-#endif
 
 #ifdef PH_GATED
 constexpr int PARTNERS = 2;
@@ -90,6 +68,7 @@ __device__ __forceinline__ void sum_and_store(const float (&part)[8][16][COLUMNS
     const int row = n & 15, column = n >> 4;
     float sum = part[0][row][column];
     for (int w = 1; w < warps; ++w) sum += part[w][row][column];
-    if (first_row + row < rows) store(column * ld + first_row + row, first_row + row, sum);
+    const i64 index = column * ld + first_row + row;
+    if (first_row + row < rows) store(index, sum, 0.0f, store.fetch(index, first_row + row));
   }
 }

@@ -1,7 +1,7 @@
 // out = x W^T for quantised tiles and some tokens, 2 to 64 to a block, through the tensor core, in float16. Weights become
 // float16 numbers of their own (scaled.cuh); or, with PH_SUMMED, they stay codes and sums are scaled (summed.cuh). The
-// first costs two instructions for each pair of weights, the second four for each 32 columns of 16 rows and 8 tokens: a third
-// fewer in all (Q4_K) where there are but 8 tokens, and instructions are what bounds the kernel there.
+// first costs two instructions for each pair of weights, the second four for each 32 columns of 16 rows and 8 tokens: with
+// few tokens that is less, and instructions are what bounds the kernel.
 //
 // A block owns a run of whole tiles of 16 rows and PH_TOKEN_TILES columns of 8 tokens (the grid's y chooses which). Its
 // warps stand in a grid of their own: PH_ROW_WARPS side by side, each with PH_TILES tiles, and K_WARPS of those behind one
@@ -15,13 +15,8 @@
 // each warp has the scales of its tiles' unit in shared memory behind the rings, and sums the activations for itself, once
 // for all of its tiles.
 
-#include "formats.cuh"
 #include "linear.cuh"
-#ifdef PH_SUMMED
-#include "summed.cuh"
-#else
-#include "scaled.cuh"
-#endif
+#include "tile_stream.cuh"
 
 constexpr int WARPS = 8, TILES = PH_TOKEN_TILES, R = PH_TILES, ROW_WARPS = PH_ROW_WARPS, K_WARPS = WARPS / ROW_WARPS;
 constexpr int TOKENS = 8 * TILES, GROUPS = PH_STAGE_GROUPS, GROUP_BYTES = 64 * TOKENS;
@@ -29,100 +24,14 @@ constexpr int STAGE = GROUPS * GROUP_BYTES, RING = PH_RING;  // bytes and number
 constexpr int PART_TILES = TILES < 4 ? TILES : 4;            // columns of tokens that are summed at a time
 constexpr int EACH = ph_div_up(16 * ROW_WARPS * 8 * PART_TILES, 32 * WARPS);  // sums of a thread
 constexpr int SLOTS = R / PARTNERS;                          // tiles of a warp, or pairs of them
-static_assert(R % PARTNERS == 0);
-
-namespace {
-
-// A lane's share of a unit of a tile, and where in memory the next one is. Its columns of a group of 32 are 8*t..8*t+7 or,
-// where 16 weights share a scale, 4*t..4*t+3 and 16 more: the same of weights and activations, so sums do not change.
-constexpr bool SPLIT = PH_GROUP == 16, EVEN = PH_BLOCK == 256;
-
-#ifdef PH_SUMMED
-
-constexpr int OWN_BYTES = R * (SCALE_BYTES + OFFSET_BYTES);  // of a warp, in shared memory
-
-struct Scaling {
-  // Between two barriers of the warp: before, others may still read the last unit's scales; after, all lie there.
-  __device__ __forceinline__ void begin(const Unit& q, u8* own, int lane) {
-    put_scales(q, own, lane >> 2, lane & 3);
-    if (OFFSETS) put_offsets(q, own + SCALE_BYTES, lane);
-  }
-  __device__ __forceinline__ void multiply(const Unit& q, const u8* own, int j, int lane,
-                                           const u32 (&b)[TILES][4], float (&acc)[TILES][4]) {
-    float d[TILES][4] = {};
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      u32 a[4];
-      codes_of_step(q, 2 * j + s, a);
-#pragma unroll
-      for (int n8 = 0; n8 < TILES; ++n8) {
-        const u32 pair[2] = {b[n8][2 * s], b[n8][2 * s + 1]};
-        ph_mma(d[n8], a, pair);
-        if (s < 2 - PARTS) continue;
-        const float2 factor = scales_at(own, PARTS == 2 ? 2 * j + s : j, lane >> 2);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          acc[n8][e] = fmaf(e < 2 ? factor.x : factor.y, d[n8][e], acc[n8][e]);
-          d[n8][e] = 0.0f;
-        }
-      }
-    }
-  }
-};
-
+// What results are added to comes before they are there, if registers are left: two blocks hide each other's waits, and an
+// activation has a bias at most.
+#ifdef PH_ACTIVATED
+constexpr bool EARLY = false;
 #else
-
-constexpr int OWN_BYTES = 0;
-
-struct Scaling {
-  Packed scales;
-  u32 factor[2], minus[2];  // of the step under way
-
-  __device__ __forceinline__ void begin(const Unit& q, u8*, int) { pack(q, scales); }
-  __device__ __forceinline__ void multiply(const Unit& q, const u8*, int j, int lane, const u32 (&b)[TILES][4],
-                                           float (&acc)[TILES][4]) {
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      if (s < PARTS) scales_of(scales, j, s, lane, factor, minus);
-      u32 a[4];
-      weights_of_step(q, 2 * j + s, factor, minus, a);
-#pragma unroll
-      for (int n8 = 0; n8 < TILES; ++n8) {
-        const u32 pair[2] = {b[n8][2 * s], b[n8][2 * s + 1]};
-        ph_mma(acc[n8], a, pair);
-      }
-    }
-  }
-};
-
+constexpr bool EARLY = PH_CTAS == 1;
 #endif
-
-struct Tile {
-  Unit now;
-  Scaling scaling;
-  const u8* next;  // the lane's place in its vectors; null: there is none
-
-  __device__ __forceinline__ void find(const u8* weights, int tile, int unit, i64 tile_bytes, int lane) {
-    next = weights + tile * tile_bytes + (i64)unit * PH_UNIT_BYTES + 16 * lane;
-  }
-  __device__ __forceinline__ void load_all(int unit, int cols, int lane) {
-    if (next != nullptr) load_unit(now, next - 16 * lane, lane, vectors_in(unit, cols));
-  }
-  __device__ __forceinline__ void begin(u8* own, int lane) { scaling.begin(now, own, lane); }
-  __device__ __forceinline__ void refill_scales(int lane) {
-    if (next != nullptr) load_scales(now, next - 16 * lane, lane);
-  }
-  // Vectors beyond the last column keep the codes that were there before: activations are zeros there.
-  __device__ __forceinline__ void refill(int j, int vectors) {
-    const int low = j / LOW_GROUPS, high = j / HIGH_GROUPS;
-    if ((j + 1) % LOW_GROUPS == 0)
-      ph_ldg128_once_if(now.low + 4 * low, next + PH_LOW_AT + 512 * low, next != nullptr && low < vectors);
-    if (PH_HIGH_BITS && (j + 1) % HIGH_GROUPS == 0)
-      ph_ldg128_once_if(now.high + 4 * high, next + PH_HIGH_AT + 512 * high, next != nullptr);
-  }
-};
-
-}  // namespace
+static_assert(R % PARTNERS == 0);
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, PH_CTAS)
     ph_linear_some(const u8* weights, const act_t* x, out_t* out, const float* bias, int tokens, int rows, int cols,
@@ -132,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PH_CTAS)
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int k_warp = warp / ROW_WARPS, row_warp = warp % ROW_WARPS;
   u8* const ring = reinterpret_cast<u8*>(dynamic) + k_warp * RING * STAGE;
-  u8* const own_shared = reinterpret_cast<u8*>(dynamic) + K_WARPS * RING * STAGE + warp * OWN_BYTES;
+  u8* const own_shared = reinterpret_cast<u8*>(dynamic) + K_WARPS * RING * STAGE + warp * R * SCALE_ROOM;
 
   const int own_rows = rows / PARTNERS, all = ph_div_up(own_rows, 16), units = ph_div_up(cols, 256);
   // The block's tiles: wanted once a pass, so not kept in registers.
@@ -153,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PH_CTAS)
   tokens = min(tokens - token0, TOKENS);
 
   // ---- weights: the tiles of a pass, and where the loads go on
-  Tile tile[R] = {};
+  Tile<TILES> tile[R] = {};
   // From a tile's unit to the next one that the warp has, or to the first one of a pass.
   auto to_next = [&](bool begins, int pass) {
     if (!begins) {
@@ -211,11 +120,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PH_CTAS)
 #pragma unroll
   for (int s = 0; s < RING - 1; ++s) fill(ring + s * STAGE);
 
-#ifdef PH_ACTIVATED
-  const StoreActivated store{out, bias, own_rows};
-#else
-  const Store store{out, bias, scale, accumulate};
-#endif
+  const Store store{out, bias, own_rows, scale, accumulate};
 #ifdef PH_SUMMED
   Sums<TILES> sums;
   sums.begin(g);
@@ -230,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PH_CTAS)
       __syncwarp();
 #endif
 #pragma unroll
-      for (int r = 0; r < R; ++r) tile[r].begin(own_shared + r * (OWN_BYTES / R), lane);
+      for (int r = 0; r < R; ++r) tile[r].begin(own_shared + r * SCALE_ROOM, lane);
 #ifdef PH_SUMMED
       __syncwarp();
 #endif
@@ -265,10 +170,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PH_CTAS)
 #endif
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-          tile[r].scaling.multiply(tile[r].now, own_shared + r * (OWN_BYTES / R), j, lane, b, acc[r]);
+          tile[r].scaling.multiply(tile[r].now, own_shared + r * SCALE_ROOM, j, lane, b, acc[r]);
           tile[r].refill(j, vectors);
           if (j == 1) tile[r].refill_scales(lane);  // not earlier: registers are short
-
         }
         if ((j + 1) % GROUPS == 0) stage = stage == ring + (RING - 1) * STAGE ? ring : stage + STAGE;
       }
@@ -280,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PH_CTAS)
 #pragma unroll
           for (int p = 0; p < PARTS; ++p) sums.pair(n8, p, pairs[n8][p]);
 #pragma unroll
-        for (int r = 0; r < R; ++r) take_away(own_shared + r * (OWN_BYTES / R) + SCALE_BYTES, lane, pairs, acc[r]);
+        for (int r = 0; r < R; ++r) take_away(own_shared + r * SCALE_ROOM + SCALE_BYTES, lane, pairs, acc[r]);
       }
 #endif
       to_next(own == 1 || n + 2 == own, own == 1 ? pass + 2 : pass + 1);
@@ -294,6 +198,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PH_CTAS)
 #pragma unroll
       for (int n0 = 0; n0 < TILES; n0 += PART_TILES) {
         const int columns = min(tokens - 8 * n0, 8 * PART_TILES);
+        // A thread's places, and what their sums are added to, asked for before the warps meet.
+        auto place = [&](int i, i64& index, int& row) {
+          const int at = thread + 32 * WARPS * i, w = (at >> 4) % ROW_WARPS, column = (at >> 4) / ROW_WARPS;
+          const int tile_index = w * SLOTS + slot;
+          row = 16 * (from + tile_index) + (at & 15);
+          index = (i64)(token0 + 8 * n0 + column) * ld + row;
+          return column < columns && tile_index < mine && row < own_rows;
+        };
+        Addends addends[EACH] = {};
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+          i64 index;
+          int row;
+          if (EARLY && place(i, index, row)) addends[i] = store.fetch(index, row);
+        }
         float sum[PARTNERS][EACH];  // of a thread's places, those without a token too: else sums would be kept all along
 #pragma unroll
         for (int p = 0; p < PARTNERS; ++p) {
@@ -317,15 +236,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PH_CTAS)
         }
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
-          const int at = thread + 32 * WARPS * i, w = (at >> 4) % ROW_WARPS, column = (at >> 4) / ROW_WARPS;
-          const int tile_index = w * SLOTS + slot, row = 16 * (from + tile_index) + (at & 15);
-          if (column >= columns || tile_index >= mine || row >= own_rows) continue;
-          const i64 index = (i64)(token0 + 8 * n0 + column) * ld + row;
-#ifdef PH_ACTIVATED
-          store(index, row, sum[0][i], sum[PARTNERS - 1][i]);
-#else
-          store(index, row, sum[0][i]);
-#endif
+          i64 index;
+          int row;
+          if (place(i, index, row))
+            store(index, sum[0][i], sum[PARTNERS - 1][i], EARLY ? addends[i] : store.fetch(index, row));
         }
       }
   }

@@ -99,11 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
   ph_let_next_begin();
 
   const u8* const ring = reinterpret_cast<const u8*>(dynamic) + k_group * RING * STAGE;
-#ifdef PH_ACTIVATED
-  const StoreActivated store{out, bias, own_rows};
-#else
-  const Store store{out, bias, scale, accumulate};
-#endif
+  const Store store{out, bias, own_rows, scale, accumulate};
   int slot = 0;
   u32 phase = 0;
   for (int pass = 0; pass < passes; ++pass) {
@@ -175,11 +171,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
         }
         const int at = 16 * (from + w) + row;
         if (w >= mine || at >= own_rows) continue;
-#ifdef PH_ACTIVATED
-        store((i64)(token0 + 8 * n0 + column) * ld + at, at, sum[0], sum[PARTNERS - 1]);
-#else
-        store((i64)(token0 + 8 * n0 + column) * ld + at, at, sum[0]);
-#endif
+        const i64 index = (i64)(token0 + 8 * n0 + column) * ld + at;
+        store(index, sum[0], sum[PARTNERS - 1], store.fetch(index, at));
       }
     }
   }

@@ -209,7 +209,8 @@ __device__ __forceinline__ void ph_wait_for_inputs() {
 
 // Lets the next kernel, if it was launched with `early`, begin as soon as every block has called this or is done. Call it
 // after the wait: then at most two kernels share the GPU, and the second finds the multiprocessors evenly taken. Were a
-// third let in, its blocks would crowd where the first is through, and the slowest multiprocessor would have two.
+// third let in, its blocks would crowd where the first is through, and the slowest multiprocessor would have two. (norm.cu
+// does so where it has few blocks: what follows it there fills each multiprocessor with as many blocks as it has for it.)
 __device__ __forceinline__ void ph_let_next_begin() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -12,11 +12,7 @@
 #error "scaled weights are float16"
 #endif
 
-// Groups of 32 columns after which a vector of low (high) bits is used up.
-constexpr int LOW_GROUPS = 8 / LOW_VECTORS, HIGH_GROUPS = PH_HIGH_BITS == 2 ? 4 : 8;
 constexpr float SHIFT = 32.0f;
-
-__device__ __forceinline__ u32 twice(float x) { return ph_act2_bits(ph_to_act2(x, x)); }
 
 __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
   return ph_act2_bits(__hfma2(ph_bits_act2(a), ph_bits_act2(b), ph_bits_act2(c)));

@@ -10,7 +10,8 @@
 // minima it has loaded. Both are what the tensor core wants next, with no lane asking another: minima as its a, sums as b.
 //
 // Every number is exact but for sums in float32: minima and zero points are float16 or small integers times a float32 of
-// the row, and a sum of activations is two float16 numbers, 22 bits.
+// the row, and a sum of activations is two float16 numbers, 22 bits. Of the lower one fewer are left where what it meets is
+// a block's own scale or minimum (PH_SCALES 0 and 1) below 4e-3: 1/64 of that is a float16 subnormal.
 
 #pragma once
 
@@ -20,13 +21,9 @@
 #error "sums of activations are float16"
 #endif
 
-// Groups of 32 columns after which a vector of low (high) bits is used up.
-constexpr int LOW_GROUPS = 8 / LOW_VECTORS, HIGH_GROUPS = PH_HIGH_BITS == 2 ? 4 : 8;
-
 // Powers of two may be too small for float16: there codes lose their zero point in registers.
 constexpr bool CENTRED = PH_SCALES == 7, OFFSETS = !CENTRED && NEEDS_SUMS;
 
-__device__ __forceinline__ u32 twice(float x) { return ph_act2_bits(ph_to_act2(x, x)); }
 __device__ __forceinline__ u32 plus2(u32 a, float b) {
   return ph_act2_bits(__hadd2(ph_bits_act2(a), ph_bits_act2(twice(b))));
 }

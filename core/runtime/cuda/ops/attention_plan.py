@@ -58,15 +58,16 @@ def choose_plan(
     rows = 1 if fixed else rows
     blocks = counters(spec, rows)
     shapes: tuple[tuple[int, int], ...] = _SHAPES
-    # Room for a block of the next projection (linear_one.py), which begins to fetch its weights while this one runs.
-    room_beside = shared_limit // 2 - 2048
     if not fixed and _FEW * blocks <= sms and spec.head_dim <= _LARGE_HEAD:
-        shapes, room_beside = (_LARGE, *_SHAPES), shared_limit
+        shapes = (_LARGE, *_SHAPES)
     elif blocks > sms:
         shapes = _SHAPES[1:]  # many small blocks hide each other's latency
+    # Room for a block of the next projection (linear_one.py), which begins to fetch its weights while this one runs.
+    # Where blocks are few, how fast each can read decides: a large one may have all of it.
+    beside = shared_limit // 2 - 2048
     fitting = [(*shape, _room(spec.head_dim, value_bytes, *shape)) for shape in shapes]
     warps, stages, room = next(
-        (shape for shape in fitting if shape[2] <= room_beside),
+        (shape for shape in fitting if shape[2] <= (shared_limit if shape[:2] == _LARGE else beside)),
         next(
             (shape for shape in fitting if shape[2] <= shared_limit), fitting[-1]
         ),  # a launch will say what is missing

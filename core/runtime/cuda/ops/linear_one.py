@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -32,10 +33,15 @@ _MOST_TILES = 128  # of a block: their sums are kept until the end, and two byte
 _FEW_TILES = 8  # of a block: with fewer, smaller tiles share the work out more evenly
 
 
-def _warps(device: CudaDevice, w: Matrix) -> int:
-    if isinstance(w, DenseMatrix):
-        return _DENSE_WARPS
-    return _MORE_WARPS if tiles(w.rows) * units(w.cols) >= MANY_UNITS * device.sms else _TILE_WARPS
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Blocks, their warps, units of a warp under way, rows of a tile, and bytes of shared memory."""
+
+    grid: int
+    warps: int
+    ring: int
+    rows: int
+    shared: int
 
 
 @cache
@@ -93,11 +99,10 @@ def fits(device: CudaDevice, w: Matrix, *, normed: bool = False, gated: bool = F
     """Whether ``linear_one`` can do it: aligned columns, room in shared memory, halves that end at a tile's end."""
     if isinstance(w, DenseMatrix) and (w.cols % 8 or w.data.ptr % 16):
         return False
-    if normed and w.cols > 4 * _MOST_ITEMS * 32 * _warps(device, w):
-        return False
     if gated and w.rows % (2 * TILE_ROWS):
         return False
-    return _shape(device, w, normed, gated)[1] >= _LEAST_RING
+    shape = shape_for(w, device.sms, device.shared_limit, normed=normed, gated=gated)
+    return shape.ring >= _LEAST_RING and not (normed and w.cols > 4 * _MOST_ITEMS * 32 * shape.warps)
 
 
 def linear_one(
@@ -137,16 +142,15 @@ def linear_one(
     for name, vector, size in (("bias", bias, w.rows), *_vectors(norm, w.cols)):
         if vector is not None:
             expect_array(op, name, vector, ("f32",), (size,))
-    grid, ring, rows, shared = _shape(ctx.device, w, norm is not None, gated)
+    shape = shape_for(w, ctx.device.sms, ctx.device.shared_limit, normed=norm is not None, gated=gated)
     kind, tile_bytes = (w.data.dtype, 0) if isinstance(w, DenseMatrix) else (w.kind, w.data.shape[1])
     normed = 0 if norm is None else 2 if isinstance(norm[0], LayerNorm) else 1
-    warps = _warps(ctx.device, w)
-    threads = 32 * warps
+    threads = 32 * shape.warps
     items = -(-w.cols // (4 * threads))
     ctx.launch(
         "linear_one.cu",
         "ph_linear_one",
-        grid,
+        shape.grid,
         threads,
         w.data,
         x,
@@ -160,8 +164,8 @@ def linear_one(
         0.0 if norm is None else norm[0].eps,
         scale,
         accumulate,
-        shared=shared,
-        macros=_macros(kind, act, out.dtype, ring, normed, items, activation, gated, rows, warps),
+        shared=shape.shared,
+        macros=_macros(kind, act, out.dtype, shape.ring, normed, items, activation, gated, shape.rows, shape.warps),
         early=True,
     )
 
@@ -170,22 +174,31 @@ def _vectors(norm: HeadNorm | None, cols: int) -> tuple[tuple[str, Array | None,
     return () if norm is None else (("the norm's weight", norm[1], cols), ("the norm's bias", norm[2], cols))
 
 
-def _shape(device: CudaDevice, w: Matrix, normed: bool, gated: bool) -> tuple[int, int, int, int]:
-    """Blocks, units of a warp under way, rows of a tile, and bytes of shared memory."""
+def shape_for(w: Matrix, sms: int, shared_limit: int, *, normed: bool = False, gated: bool = False) -> Shape:
+    """On a GPU of so many multiprocessors, with so much shared memory for a block. A ring below 2 does not work."""
+    warps = _DENSE_WARPS if isinstance(w, DenseMatrix) else _TILE_WARPS
+    if not isinstance(w, DenseMatrix) and tiles(w.rows) * units(w.cols) >= MANY_UNITS * sms:
+        shape = _with_warps(_MORE_WARPS, w, sms, shared_limit, normed, gated)
+        if shape.ring >= _LEAST_RING:  # else there is too little shared memory for so many
+            return shape
+    return _with_warps(warps, w, sms, shared_limit, normed, gated)
+
+
+def _with_warps(warps: int, w: Matrix, sms: int, shared_limit: int, normed: bool, gated: bool) -> Shape:
     partners = 2 if gated else 1
-    rows, warps = TILE_ROWS, _warps(device, w)
-    staged, ahead = normed or isinstance(w, DenseMatrix), _DENSE_AHEAD if isinstance(w, DenseMatrix) else _AHEAD
-    if isinstance(w, DenseMatrix):
-        rows = 4 if w.rows >= 4 * _FEW_TILES * device.sms else 2
+    dense = isinstance(w, DenseMatrix)
+    rows = TILE_ROWS if not dense else 4 if w.rows >= 4 * _FEW_TILES * sms else 2
+    slot = w.format.unit_bytes if isinstance(w, QuantMatrix) else 512 * rows
+    ahead = _DENSE_AHEAD if dense else _AHEAD
     items = -(-w.rows // (rows * partners))
-    grid = max(min(items, device.sms), -(-items * partners // _MOST_TILES))
-    slot = 512 * rows if isinstance(w, DenseMatrix) else w.format.unit_bytes
-    fixed = 128 + 4 * rows * (warps + -(-items // grid) * partners + 1) + (512 * units(w.cols) if staged else 0)
+    grid = max(min(items, sms), -(-items * partners // _MOST_TILES))
+    staged = 512 * units(w.cols) if normed or dense else 0
+    fixed = 128 + 4 * rows * (warps + -(-items // grid) * partners + 1) + staged
     # More than half of what a multiprocessor has, so that it never holds two blocks of such kernels: where the next
     # kernel begins early, its blocks would otherwise crowd where this one's have ended, two on some and none on others.
-    alone = device.shared_limit // 2 + 16
-    for room in (alone, device.shared_limit - 2 * _MOST_TILES):
+    alone = shared_limit // 2 + 16
+    for room in (alone, shared_limit - 2 * _MOST_TILES):
         ring = min(_MOST_RING, max(_LEAST_RING, -(-ahead // slot)), (room - fixed) // (warps * slot))
         if ring >= _LEAST_RING:
             break
-    return grid, ring, rows, max(alone, fixed + max(0, ring) * warps * slot)
+    return Shape(grid, warps, ring, rows, max(alone, fixed + max(0, ring) * warps * slot))
