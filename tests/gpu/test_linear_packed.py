@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tolerance
+from polyhead.arch import RMSNorm
 from polyhead.errors import DeviceError
 from polyhead.runtime.cuda.context import Context
 from polyhead.runtime.cuda.formats import FORMATS, Matrix, QuantMatrix
 from polyhead.runtime.cuda.memory import Array
 from polyhead.runtime.cuda.ops.linear_some import linear_some
 from polyhead.runtime.cuda.ops.linear_wide import SHAPES, fits_wide, linear_wide, room_bytes
+from polyhead.runtime.cuda.ops.norm import normalise
 from polyhead.runtime.cuda.ops.some_shapes import TOKEN_TILES, shape_for
 
 pytestmark = pytest.mark.gpu
@@ -91,17 +93,37 @@ def test_every_way_that_blocks_work_agrees_with_float64(
     kind: str, op: str, ctx: Context, weights: Weights, put: Put, poisoned: Put, get: Get
 ) -> None:
     matrix, w = weights(kind, 5000, 2304)
+    rng = np.random.default_rng(4)
+    bias = rng.standard_normal(5000).astype(np.float32)
     for count in (70, 257) if op == "wide" else (8 * n for n in TOKEN_TILES):
         x, values = inputs(put, count, 2304)
-        some = (
+        before = rng.standard_normal((count, 5000)).astype(np.float32)
+        expected = before + 0.5 * (values @ w.T + bias)
+        ways = (
             {shape_for(kind, own, count // 8, units=n) for own in (1, 2, 3, 4, 7, 20) for n in (9, 50)}
             if op == "some"
-            else ()
+            else SHAPES
         )
-        for shape in some or SHAPES:
-            out = poisoned((count, 5000), "f32")
-            PRODUCTS[op](ctx, poisoned, x, matrix, out, shape=shape)
-            assert tolerance.error(get(out), values @ w.T) < PACKED["f32"], shape
+        for shape in ways:
+            out = put(before)
+            PRODUCTS[op](ctx, poisoned, x, matrix, out, bias=put(bias), scale=0.5, accumulate=True, shape=shape)
+            assert tolerance.error(get(out), expected) < PACKED["f32"], shape
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q8_0"])
+def test_every_way_that_blocks_work_has_its_gate(
+    kind: str, ctx: Context, weights: Weights, put: Put, poisoned: Put, get: Get
+) -> None:
+    matrix, w = weights(kind, 5024, 1280)
+    for token_tiles in TOKEN_TILES:
+        count = 8 * token_tiles
+        x, values = inputs(put, count, 1280)
+        sums = values @ w.T
+        expected = ACTIVATIONS["silu"](sums[:, :2512]) * sums[:, 2512:]
+        for shape in {shape_for(kind, own, token_tiles, True) for own in (2, 4, 7, 20)}:
+            out = poisoned((count, 2512), "f16")
+            assert linear_some(ctx, x, matrix, out, activation="silu", gated=True, shape=shape)
+            assert tolerance.error(get(out), expected) < 2 * PACKED["f16"], shape
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q5_0"])
@@ -207,6 +229,32 @@ def test_a_chain_of_launches_waits_for_what_it_reads(
     chained = [get(array) for array in arrays]
     for source, target in pairwise(chained):
         assert tolerance.error(target, 1.5625 * (source.astype(np.float64) @ w.T)) < PACKED["f16"]
+
+
+@pytest.mark.parametrize("count", [3, 24, 48, 100])
+def test_a_norm_between_products_waits_for_one_and_is_waited_for_by_the_next(
+    count: int, ctx: Context, product: Product, weights: Weights, put: Put, poisoned: Put, get: Get
+) -> None:
+    """A product may begin before the norm, and a norm of few rows lets the next begin before the last has ended."""
+    matrix, w = weights("Q8_0", 1024, 1024)
+    norm, ones = RMSNorm("w", 1e-5), put(np.ones(1024, np.float32))
+    narrow = [inputs(put, count, 1024)[0], *(poisoned((count, 1024), "f16") for _ in range(12))]
+    wide = [poisoned((count, 1024), "f32") for _ in range(12)]
+    for (source, target), between in zip(pairwise(narrow), wide, strict=True):
+        product(source, matrix, between)
+        normalise(ctx, between, norm, ones, None, target)
+    for (source, target), between in zip(pairwise(narrow), wide, strict=True):
+        sums = get(between).astype(np.float64)
+        assert tolerance.error(sums, get(source).astype(np.float64) @ w.T) < PACKED["f32"]
+        assert (
+            tolerance.error(get(target), sums / np.sqrt((sums**2).mean(-1, keepdims=True) + 1e-5)) < tolerance.CUDA_NORM
+        )
+    # In the same memory again and again, nothing that was there before is seen.
+    first, second = inputs(put, count, 1024)[0], poisoned((count, 1024), "f32")
+    for _ in range(12):
+        product(first, matrix, second)
+        normalise(ctx, second, norm, ones, None, first)
+    assert np.array_equal(get(first), get(narrow[-1]))
 
 
 def test_shapes_that_do_not_go_together_are_named(

@@ -35,7 +35,7 @@ def values(rng: np.random.Generator, *shape: int) -> Any:
 
 
 @pytest.mark.parametrize("norm", [RMS, LAYER], ids=["rms", "layer"])
-@pytest.mark.parametrize("size", [1, 2, 3, 31, 128, 577, 576, 1536, 4096, 4100, 5001, 16384])
+@pytest.mark.parametrize("size", [1, 2, 3, 31, 128, 577, 576, 1536, 4096, 4100, 5001, 8195, 16383, 16384, 20000, 32768])
 def test_norms_of_any_size_agree_with_float64(
     norm: Norm, size: int, ctx: Context, put: Put, poisoned: Put, get: Get
 ) -> None:

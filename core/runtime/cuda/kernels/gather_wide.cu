@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(128)
   const act_t* from = x + (i64)token * cols + 32 * group;
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    in[i] = token < tokens && 32 * group + 8 * i < cols ? ph_ldg128(from + 8 * i) : make_uint4(0, 0, 0, 0);
+    in[i] = token < tokens && 32 * group + 8 * i < cols ? ph_load128(from + 8 * i) : make_uint4(0, 0, 0, 0);
   u32 word[16];
 #pragma unroll
   for (int i = 0; i < 4; ++i)

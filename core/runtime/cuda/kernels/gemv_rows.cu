@@ -19,7 +19,7 @@ __device__ __forceinline__ uint4 load8(const act_t* row, int k, int cols) {
   for (int i = 0; i < 4; ++i) p[i].x = e[2 * i], p[i].y = e[2 * i + 1];
   return make_uint4(ph_act2_bits(p[0]), ph_act2_bits(p[1]), ph_act2_bits(p[2]), ph_act2_bits(p[3]));
 #else
-  return k < cols ? ph_ldg128(row + k) : make_uint4(0, 0, 0, 0);
+  return k < cols ? ph_load128(row + k) : make_uint4(0, 0, 0, 0);
 #endif
 }
 

@@ -18,11 +18,11 @@ constexpr int STAGES = PH_STAGES;
 __device__ __forceinline__ void load_b(u32 (&b)[2][2], const act_t* group, int t, bool inside) {
 #if PH_GROUP == 16
   uint2 low = make_uint2(0, 0), high = low;
-  if (inside) low = ph_ldg64(group + 4 * t), high = ph_ldg64(group + 16 + 4 * t);
+  if (inside) low = ph_load64(group + 4 * t), high = ph_load64(group + 16 + 4 * t);
   b[0][0] = low.x, b[0][1] = low.y, b[1][0] = high.x, b[1][1] = high.y;
 #else
   uint4 both = make_uint4(0, 0, 0, 0);
-  if (inside) both = ph_ldg128(group + 8 * t);
+  if (inside) both = ph_load128(group + 8 * t);
   b[0][0] = both.x, b[0][1] = both.y, b[1][0] = both.z, b[1][1] = both.w;
 #endif
 }

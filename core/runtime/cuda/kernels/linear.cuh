@@ -1,4 +1,4 @@
-// What the matrix-vector kernels share: B fragments from rows of activations, and how a result is stored.
+// What the kernels of projections share: how a result is stored, and how sums of warps meet.
 
 #pragma once
 

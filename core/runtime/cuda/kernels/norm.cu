@@ -24,29 +24,34 @@ template <typename T> struct alignas(sizeof(T) * PH_VECTOR) Pack {
 // Weights and biases are constants, so they can come before the row does, where there are registers for them.
 constexpr bool AHEAD = PH_ITEMS * PH_VECTOR <= 8;
 
-__device__ __forceinline__ void load_vectors(Pack<float> (&w)[PH_ITEMS], [[maybe_unused]] Pack<float> (&b)[PH_ITEMS],
-                                             const float* weight, [[maybe_unused]] const float* bias, int size) {
-#pragma unroll
-  for (int i = 0; i < PH_ITEMS; ++i) {
-    const int at = (i * blockDim.x + threadIdx.x) * PH_VECTOR;
-    if (at >= size) continue;
-    w[i] = *reinterpret_cast<const Pack<float>*>(weight + at);
+struct Affine {
+  Pack<float> weight, bias;
+
+  __device__ __forceinline__ void load(const float* weights, [[maybe_unused]] const float* biases, int at) {
+    weight = *reinterpret_cast<const Pack<float>*>(weights + at);
 #ifdef PH_BIAS
-    b[i] = *reinterpret_cast<const Pack<float>*>(bias + at);
+    bias = *reinterpret_cast<const Pack<float>*>(biases + at);
 #endif
   }
-}
+};
 
 // Row r of the grid is head r % heads of token r / heads; it has `size` values. in == out is allowed.
-extern "C" __global__ void ph_norm(const in_t* in, const float* weight, const float* bias, out_t* out, int size,
-                                   int heads, i64 in_stride, i64 out_stride, float eps) {
+extern "C" __global__ void __launch_bounds__(1024)
+    ph_norm(const in_t* in, const float* weight, const float* bias, out_t* out, int size, int heads, i64 in_stride,
+            i64 out_stride, float eps) {
   __shared__ float scratch[32];
-  // Few blocks let the next kernel in before they wait, against the rule: it has weights to fetch, and room for its blocks
-  // wherever those of the kernel before this one have ended.
+  // Few blocks let the next kernel in before they wait, against the rule in prelude.cuh. It is a projection most of the
+  // time, with weights to fetch, and finds room wherever blocks of the kernel before this one have ended.
   const bool few = gridDim.x <= 64;
   if (few) ph_let_next_begin();
-  Pack<float> w[PH_ITEMS], b[PH_ITEMS];
-  if (AHEAD) load_vectors(w, b, weight, bias, size);
+  Affine affine[AHEAD ? PH_ITEMS : 1];
+  if (AHEAD) {
+#pragma unroll
+    for (int i = 0; i < PH_ITEMS; ++i) {
+      const int at = (i * blockDim.x + threadIdx.x) * PH_VECTOR;
+      if (at < size) affine[i].load(weight, bias, at);
+    }
+  }
   ph_wait_for_inputs();
   if (!few) ph_let_next_begin();
   const int token = blockIdx.x / heads, head = blockIdx.x % heads;
@@ -86,19 +91,20 @@ extern "C" __global__ void ph_norm(const in_t* in, const float* weight, const fl
   sum = ph_block_sum(sum, scratch);
 #endif
   const float inverse = 1.0f / sqrtf(sum / (float)size + eps);
-  if (!AHEAD) load_vectors(w, b, weight, bias, size);
 
 #pragma unroll
   for (int i = 0; i < PH_ITEMS; ++i) {
     const int at = (i * blockDim.x + threadIdx.x) * PH_VECTOR;
     if (at >= size) continue;
+    Affine& own = affine[AHEAD ? i : 0];
+    if (!AHEAD) own.load(weight, bias, at);
     Pack<out_t> pack;
 #pragma unroll
     for (int j = 0; j < PH_VECTOR; ++j) {
 #ifdef PH_BIAS
-      pack.x[j] = ph_from_float<out_t>(x[i][j] * inverse * w[i].x[j] + b[i].x[j]);
+      pack.x[j] = ph_from_float<out_t>(x[i][j] * inverse * own.weight.x[j] + own.bias.x[j]);
 #else
-      pack.x[j] = ph_from_float<out_t>(x[i][j] * inverse * w[i].x[j]);
+      pack.x[j] = ph_from_float<out_t>(x[i][j] * inverse * own.weight.x[j]);
 #endif
     }
     *reinterpret_cast<Pack<out_t>*>(out + at) = pack;

@@ -112,6 +112,11 @@ __device__ __forceinline__ uint4 ph_ldg128(const void* p) { return __ldg(reinter
 __device__ __forceinline__ uint2 ph_ldg64(const void* p) { return __ldg(reinterpret_cast<const uint2*>(p)); }
 __device__ __forceinline__ u32 ph_ldg32(const void* p) { return __ldg(reinterpret_cast<const u32*>(p)); }
 
+// What another kernel of the step has written: ordinary loads, kept in L1. After ph_wait_for_inputs() they are promised to
+// see it; those above are not, where two kernels before this one are still known to L1.
+__device__ __forceinline__ uint4 ph_load128(const void* p) { return *reinterpret_cast<const uint4*>(p); }
+__device__ __forceinline__ uint2 ph_load64(const void* p) { return *reinterpret_cast<const uint2*>(p); }
+
 // Read-only and read once: passes L1 by, so that weights do not push out what is shared.
 __device__ __forceinline__ uint4 ph_ldg128_once(const void* p) {
   uint4 v;
@@ -210,7 +215,7 @@ __device__ __forceinline__ void ph_wait_for_inputs() {
 // Lets the next kernel, if it was launched with `early`, begin as soon as every block has called this or is done. Call it
 // after the wait: then at most two kernels share the GPU, and the second finds the multiprocessors evenly taken. Were a
 // third let in, its blocks would crowd where the first is through, and the slowest multiprocessor would have two. (norm.cu
-// does so where it has few blocks: what follows it there fills each multiprocessor with as many blocks as it has for it.)
+// does so all the same where it has few blocks, as measured.)
 __device__ __forceinline__ void ph_let_next_begin() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

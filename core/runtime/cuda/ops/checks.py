@@ -67,7 +67,7 @@ def expect_product(
 
 
 def activation_macros(activation: Activation | None, gated: bool) -> dict[str, object]:
-    """What a kernel with StoreActivated of kernels/linear.cuh is compiled with; nothing without an activation."""
+    """What a kernel that stores as kernels/linear.cuh does is compiled with; nothing without an activation."""
     if activation is None:
         return {}
     return {"PH_ACTIVATED": True, f"PH_{activation.upper()}": True, "PH_GATED": gated}

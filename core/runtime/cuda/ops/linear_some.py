@@ -61,11 +61,12 @@ VARIANTS = (
         for token_tiles in TOKEN_TILES
         for own in (1, 2, 3, 4, 30)
     ),
+    *(_variant("Q4_K", n, shape_for("Q4_K", own, n, units=16)) for n in TOKEN_TILES for own in (2, 7)),
     *(_variant(kind, token_tiles, shape_for(kind, 30, token_tiles)) for kind in FORMATS for token_tiles in (1, 2)),
     *(
         _variant(kind, token_tiles, shape_for(kind, 30, token_tiles, True), "f16", "silu", True)
         for kind in ("Q4_K", "Q6_K", "Q8_0")
-        for token_tiles in (1, 2, 4)
+        for token_tiles in TOKEN_TILES
     ),
     _variant("Q4_K", 8, shape_for("Q4_K", 30, 8, True), "f16", "gelu_tanh"),
 )

@@ -15,9 +15,9 @@ from .checks import FLOATS, expect, expect_array
 
 _NULL = np.uint64(0)
 _MOST_THREADS = 1024
-_MOST_ITEMS = 16
+_MOST_ITEMS = {4: 8, 1: 16}  # loads of a thread by values of each, for which it has registers
 #: The most values a row may have that allows loads of four, or of one.
-MAX_SIZE = {4: 4 * _MOST_ITEMS * _MOST_THREADS, 1: _MOST_ITEMS * _MOST_THREADS}
+MAX_SIZE = {vector: vector * items * _MOST_THREADS for vector, items in _MOST_ITEMS.items()}
 
 
 @cache
@@ -34,8 +34,9 @@ def _macros(layer: bool, bias: bool, source: str, target: str, vector: int, item
 
 
 VARIANTS = tuple(
-    Variant("norm.cu", ("ph_norm",), _macros(layer, layer, *types, vector, items), hot=True)
-    for layer, vector, items in ((False, 4, 1), (True, 4, 2), (False, 1, 1), (True, 1, 16), (False, 4, 16))
+    Variant("norm.cu", ("ph_norm",), _macros(layer, layer, *types, vector, items), hot=items <= 4)
+    for layer in (False, True)
+    for vector, items in ((4, 1), (4, 2), (4, 4), (1, 1), *_MOST_ITEMS.items())
     for types in (("f32", "f16"), ("f32", "f32"), ("bf16", "bf16"))
 )
 

@@ -101,8 +101,8 @@ def shared_bytes(kind: str, shape: Shape, token_tiles: int) -> int:
 def scale_bytes(kind: str, token_tiles: int) -> int:
     """Shared memory for the scales of a tile's unit; 0 where they meet weights, in registers.
 
-    Scales meet sums (``kernels/summed.cuh``) where that takes fewer instructions: for few tokens, of few bits or one
-    scale for 32 weights for some more.
+    Scales meet sums (``kernels/summed.cuh``) where that takes fewer instructions: for few tokens, and where codes have
+    few bits and 32 weights one scale, for some more.
     """
     form = format_of(kind)
     most = 3 if form.group == 32 and form.low + form.high < 8 else 2
