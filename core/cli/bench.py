@@ -85,6 +85,11 @@ def command(
         raise click.BadParameter("must be at least 1", param_hint="-r")
     # A shape needs no model, yet its other settings are checked like those of one.
     loaded = load_settings(console, source if source is not None else "shape.gguf", overrides)
+    if loaded.config.runtime.speculation is not None:
+        console.note(
+            "polyhead: measured without runtime.speculation: every step is a token for each. "
+            "polyhead bench throughput --requests N measures with it"
+        )
     limits: Limits | None = None
     found = []
     for name in shapes:

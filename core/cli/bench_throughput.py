@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from .console import Console, pass_console, verbosity
 from .loading import load_settings
@@ -27,7 +28,9 @@ _REQUESTS = 256
 
 @click.command("throughput")
 @click.argument("source", metavar="[CONFIG|MODEL]", required=False)
-@click.option("--shape", metavar="NAME[:QUANT]", help="Random weights of a known shape instead of a file.")
+@click.option(
+    "--shape", metavar="NAME[:QUANT]", help="Random weights of a known shape instead of a file; ? lists them."
+)
 @click.option("--quant", metavar="Q[,Q]", help="With --shape: the quantisations to measure, one after the other.")
 @click.option("-b", "--batch", metavar="N[,N]", help=f"Static batches of so many sequences. Default {_BATCHES}.")
 @click.option("-p", "--prompt-tokens", default=128, show_default=True, help="Prompt tokens in a static batch.")
@@ -84,8 +87,11 @@ def command(
     from ..bench.static import measure_static, static_cases
     from ..runtime.contract import MAX_TOKENS
     from .bench_tables import Outcome
-    from .subject import open_model, open_shape
+    from .subject import open_model, open_shape, shape_list
 
+    if shape == "?":
+        console.result(shape_list())
+        return
     if (source is None) == (shape is None):
         raise click.UsageError("give a CONFIG or MODEL, or --shape NAME[:QUANT], not both")
     if quant is not None and (shape is None or ":" in shape):
@@ -97,6 +103,7 @@ def command(
         check_plot(plot)
     serves = requests is not None or rate is not None
     batches = _numbers(batch or ("" if serves else _BATCHES), "-b", int)
+    _refuse_unused(static=bool(batches), serves=serves)
     cases = static_cases(batches, prompt_tokens, gen_tokens) if batches else []
     load = None
     if serves:
@@ -157,6 +164,18 @@ def _serve(subject: Subject, load: Load, runtime: RuntimeConfig, tick: Callable[
     if load.warm_up:
         run(None)
     return [run(rate) for rate in load.rates or (None,)]
+
+
+def _refuse_unused(*, static: bool, serves: bool) -> None:
+    """Raises UsageError for an option that was given and that nothing measured here listens to."""
+    context = click.get_current_context()
+    for names, used, instead in (
+        (("prompt_tokens", "gen_tokens", "repetitions"), static, "static batches; give -b N, too"),
+        (("inputs", "outputs", "shared", "seed", "warm_up"), serves, "requests; give --requests N or --rate R, too"),
+    ):
+        for option in () if used else context.command.params:
+            if option.name in names and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"{option.opts[0]} is for {instead}")
 
 
 def _numbers(text: str, option: str, kind: Callable[[str], Number]) -> list[Number]:

@@ -4,7 +4,9 @@
 #     docs/benchmarks/measure.sh h100 docs/benchmarks [tests decode prefill depth batches serving guesses]
 #
 # The first word begins the names of the files that are written, the second is their folder; without stages it runs all.
-# "tests" runs the GPU tests and writes their record, tests/gpu/last_run.json. Afterwards: docs/benchmarks/roofline.py.
+# It needs `polyhead` and `python` of an environment with the extra dev. "tests" runs the GPU tests, writes their record,
+# tests/gpu/last_run.json, and runs the tests of docs/plugins/polyhead-*; "guesses" fetches a model of 98 MB. Afterwards:
+# docs/benchmarks/roofline.py.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 stages="tests decode prefill depth batches serving guesses"
@@ -18,13 +20,22 @@ folder=$2
 shift 2
 read -ra all <<<"$stages"
 [[ $# -gt 0 ]] || set -- "${all[@]}"
+for stage in "$@"; do
+    if [[ " $stages " != *" $stage "* ]]; then
+        echo "$0: there is no stage $stage; $usage" >&2
+        exit 2
+    fi
+done
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 
-bench() { # NAME ARGUMENT…: the table on the terminal, the figures in a file
+bench() { # NAME ARGUMENT…: the figures into a file
     local file=$folder/$prefix-$1.json
     shift
-    polyhead bench "$@" --device cuda -q -o json >"$file.part"
+    if ! polyhead bench "$@" --device cuda -q -o json >"$file.part"; then
+        rm -f "$file.part"
+        exit 1
+    fi
     mv "$file.part" "$file"
     echo "$file: $*"
 }
@@ -67,10 +78,6 @@ for stage in "$@"; do
         load=(--requests 8 --input 100:400 --output 200:400)
         bench smollm2-requests throughput "$here/../../configs/smollm2-135m.yaml" "${load[@]}"
         bench smollm2-requests-ngram throughput "$here/../../configs/smollm2-135m.yaml" "${load[@]}" --set runtime.speculation=ngram
-        ;;
-    *)
-        echo "$0: there is no stage $stage; $usage" >&2
-        exit 2
         ;;
     esac
 done

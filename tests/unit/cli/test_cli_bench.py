@@ -141,6 +141,14 @@ def test_bench_refuses(invoke: Invoke, llama: str, args: tuple[str, ...], word: 
     assert "Traceback" not in result.stderr
 
 
+def test_bench_says_that_it_does_not_guess(invoke: Invoke, llama: str) -> None:
+    args = ("-p", "0", "-n", "2", "-r", "1", "--device", "cpu")
+    assert "speculation" not in invoke("bench", llama, *args).stderr
+    found = invoke("bench", llama, *args, "--set", "runtime.speculation=ngram")
+    assert found.exit_code == 0
+    assert "without runtime.speculation" in found.stderr
+
+
 def test_bench_needs_a_model(invoke: Invoke, llama: str) -> None:
     assert invoke("bench").exit_code == 2
     assert invoke("bench", llama, "--shape", "llama-1b").exit_code == 2

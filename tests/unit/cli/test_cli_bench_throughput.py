@@ -298,13 +298,24 @@ def test_a_shape_needs_no_file_and_no_tokenizer(invoke: Invoke, monkeypatch: pyt
         (("--plot", "picture.txt"), ".png"),
         (("--plot", "no/such/picture.png"), "cannot be written"),
         (("--shape", "tiny"), "not both"),
+        (("-b", "2", "--input", "4"), "--input is for requests"),
+        (("-b", "2", "--seed", "1"), "--seed is for requests"),
+        (("--requests", "2", "-p", "4"), "-p is for static batches"),
+        (("--rate", "2", "-r", "1"), "-r is for static batches"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(invoke: Invoke, llama: str, args: tuple[str, ...], word: str) -> None:
-    result = invoke("bench", "throughput", llama, "--output", "4", *args, *CPU)
+    short = ("--output", "4") if "--requests" in args or "--rate" in args else ()
+    result = invoke("bench", "throughput", llama, *short, *args, *CPU)
     assert result.exit_code == 2, result.stdout
     assert word in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_shapes_are_listed_as_bench_lists_them(invoke: Invoke) -> None:
+    found = invoke("bench", "throughput", "--shape", "?")
+    assert found.exit_code == 0
+    assert found.stdout == invoke("bench", "--shape", "?").stdout
 
 
 def test_a_plot_without_matplotlib_says_how_to_get_it(invoke: Invoke, llama: str, tmp_path, monkeypatch) -> None:
