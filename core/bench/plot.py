@@ -20,7 +20,11 @@ def check_plot(path: Path) -> None:
     """Raises ConfigError where a plot could not be drawn or written, before anything is measured for it."""
     if path.suffix.lower() not in FORMATS:
         raise ConfigError(f"{path}: a plot is written as {', '.join(FORMATS)}; name a file that ends so")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    try:
+        writable = not path.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)
+    except (OSError, ValueError):  # a name too long, or with a NUL
+        writable = False
+    if not writable:
         raise ConfigError(f"{path} cannot be written")
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("a plot needs matplotlib: pip install 'polyhead[docs]', or leave --plot out")

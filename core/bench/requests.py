@@ -14,6 +14,8 @@ from .cases import Case
 
 MOST_REQUESTS = 1_000_000
 MOST_TOKENS = 1 << 20
+MOST_PROMPTS = 1 << 25  # tokens of all prompts: they are held in memory, some 40 bytes each
+LONGEST = 24 * 3600  # seconds until the last request arrives
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,16 @@ class Load:
         for rate in self.rates:
             if not 0 < rate < math.inf:
                 raise RequestError(f"a rate must be a number of requests per second above 0, got {rate:g}")
+            if self.count / rate > LONGEST:
+                raise RequestError(
+                    f"{self.count:,} requests at {rate:g} a second arrive for {self.count / rate / 3600:,.0f} hours; "
+                    f"at most {LONGEST // 3600} are measured"
+                )
+        if self.count * self.inputs.high > MOST_PROMPTS:
+            raise RequestError(
+                f"{self.count:,} requests of up to {self.inputs.high:,} prompt tokens are up to "
+                f"{self.count * self.inputs.high:,}; at most {MOST_PROMPTS:,} are held in memory"
+            )
         if not 0 <= self.shared <= self.inputs.low:
             raise RequestError(
                 f"shared is {self.shared:,}: it must be from 0 to the shortest input, {self.inputs.low:,}"

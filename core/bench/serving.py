@@ -111,12 +111,14 @@ def serve(
     rate: float | None = None,
     prefix_cache: bool = True,
     speculation: Speculation | None = None,
+    max_batch: int | None = None,
     tick: Callable[[int, int, str], None] = lambda done, total, remark: None,
 ) -> Served:
     """Runs all requests, greedily and past any end token, each no sooner than it arrives.
 
-    ``rate`` is only noted. Raises RequestError for one that the model was not loaded for; what ends a request
-    otherwise is raised, as such a run would measure nothing.
+    ``rate`` is only noted; ``max_batch`` sequences run at once, or as many as the model was loaded for. Raises
+    RequestError for one that the model was not loaded for; what ends a request otherwise is raised, as such a run would
+    measure nothing.
     """
     longest = max(len(each.prompt) + each.output for each in planned)
     if longest > model.plan.context:
@@ -124,7 +126,7 @@ def serve(
             f"the longest request has {longest:,} tokens; this model was loaded with a context of "
             f"{model.plan.context:,}"
         )
-    watched = Watched(model)
+    watched = Watched(model, max_batch=max_batch)
     generation = Generation(watched, tokenizer, prefix_cache=prefix_cache, speculation=speculation)
     return _Serving(watched, generation, planned, rate, tick).run()
 

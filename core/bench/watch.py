@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,10 +36,17 @@ class Notes:
 
 
 class Watched:
-    """Passes everything on to ``model``. :meth:`pause` says that there is no request; the next step ends the pause."""
+    """Passes everything on to ``model``; its plan allows ``max_batch`` sequences at once, if that is fewer.
 
-    def __init__(self, model: LoadedModel, clock: Callable[[], float] = time.perf_counter) -> None:
+    :meth:`pause` says that there is no request; the next step ends the pause.
+    """
+
+    def __init__(
+        self, model: LoadedModel, clock: Callable[[], float] = time.perf_counter, max_batch: int | None = None
+    ) -> None:
         self.decoder, self.plan, self.runs_ahead = model.decoder, model.plan, model.runs_ahead
+        if max_batch is not None and max_batch < self.plan.max_batch:
+            self.plan = replace(self.plan, max_batch=max_batch)
         self.notes = Notes()
         self._model, self._clock = model, clock
         self._under_way: list[_Watched] = []

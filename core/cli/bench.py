@@ -11,8 +11,8 @@ import click
 from .. import __version__
 from . import facts
 from .console import Console, pass_console, verbosity
-from .loading import load_settings
-from .options import settings
+from .loading import load_settings, say_batch
+from .options import check_repetitions, settings
 
 if TYPE_CHECKING:
     from ..bench import Limits, Report, Result
@@ -70,19 +70,16 @@ def command(
     polyhead bench throughput measures many sequences at once: static batches, and requests that arrive.
     """
     from ..bench import cases, measure, measure_limits
-    from .subject import open_model, open_shape, shape_list
+    from .subject import open_model, open_shape, shape_list, shape_names
 
     if shape == "?":
         console.result(shape_list())
         return
     if (source is None) == (shape is None):
         raise click.UsageError("give a CONFIG or MODEL, or --shape NAME[:QUANT], not both")
-    if quant is not None and (shape is None or ":" in shape):
-        raise click.UsageError("--quant goes with --shape NAME, where NAME does not name one itself")
-    shapes = [shape] if quant is None else [f"{shape}:{part.strip()}" for part in quant.split(",")]
+    shapes = shape_names(shape, quant)
     tests = cases(prompt_tokens, gen_tokens, depth, _numbers(batch))
-    if repetitions < 1:
-        raise click.BadParameter("must be at least 1", param_hint="-r")
+    check_repetitions(repetitions)
     # A shape needs no model, yet its other settings are checked like those of one.
     loaded = load_settings(console, source if source is not None else "shape.gguf", overrides)
     if loaded.config.runtime.speculation is not None:
@@ -90,6 +87,7 @@ def command(
             "polyhead: measured without runtime.speculation: every step is a token for each. "
             "polyhead bench throughput --requests N measures with it"
         )
+    say_batch(console, max(test.batch for test in tests), loaded.config.runtime.max_batch)
     limits: Limits | None = None
     found = []
     for name in shapes:

@@ -11,8 +11,8 @@ import click
 from click.core import ParameterSource
 
 from .console import Console, pass_console, verbosity
-from .loading import load_settings
-from .options import settings
+from .loading import load_settings, say_batch
+from .options import check_repetitions, settings
 
 if TYPE_CHECKING:
     from ..bench.requests import Load
@@ -87,27 +87,26 @@ def command(
     from ..bench.static import measure_static, static_cases
     from ..runtime.contract import MAX_TOKENS
     from .bench_tables import Outcome
-    from .subject import open_model, open_shape, shape_list
+    from .subject import open_model, open_shape, shape_list, shape_names
 
     if shape == "?":
         console.result(shape_list())
         return
     if (source is None) == (shape is None):
         raise click.UsageError("give a CONFIG or MODEL, or --shape NAME[:QUANT], not both")
-    if quant is not None and (shape is None or ":" in shape):
-        raise click.UsageError("--quant goes with --shape NAME, where NAME does not name one itself")
-    shapes = [shape] if quant is None else [f"{shape}:{part.strip()}" for part in quant.split(",")]
+    shapes = shape_names(shape, quant)
+    check_repetitions(repetitions)
     if plot is not None:
         if len(shapes) > 1:
             raise click.UsageError("--plot shows one model; give one --quant")
         check_plot(plot)
     serves = requests is not None or rate is not None
-    batches = _numbers(batch or ("" if serves else _BATCHES), "-b", int)
+    batches = _numbers(batch if batch is not None else None if serves else _BATCHES, "-b", int)
     _refuse_unused(static=bool(batches), serves=serves)
     cases = static_cases(batches, prompt_tokens, gen_tokens) if batches else []
     load = None
     if serves:
-        rates = _numbers(rate or "", "--rate", float)
+        rates = _numbers(rate, "--rate", float)
         count = _REQUESTS if requests is None else requests
         load = Load(count, Span.of(inputs, "--input"), Span.of(outputs, "--output"), seed, shared, rates, warm_up)
     loaded = load_settings(console, source if source is not None else "shape.gguf", overrides)
@@ -118,18 +117,21 @@ def command(
         )
     # In longer steps, which a GPU may take unasked, the same cases need less.
     tests = [case.needs(runtime.max_tokens_per_step or MAX_TOKENS, runtime.block_size) for case in cases]
+    if cases:
+        say_batch(console, max(batches), runtime.max_batch)
     if load is not None:
         load.check()
         tests.append(load.needs(runtime.max_batch))
+    lower = " or ".join(["-p or -n"] * bool(cases) + ["--input or --output"] * (load is not None))
     limits = None
     found = []
     for name in shapes:
         with ExitStack() as stack:
             with console.loading() as progress:
                 if name is not None:
-                    subject = open_shape(stack, loaded.config, name, tests, progress)
+                    subject = open_shape(stack, loaded.config, name, tests, progress, lower)
                 else:
-                    subject = open_model(stack, loaded.config, tests, progress)
+                    subject = open_model(stack, loaded.config, tests, progress, lower)
             with console.counting("polyhead: measuring") as tick:
                 statics = measure_static(
                     subject.runtime, subject.tokenizer, cases,
@@ -158,7 +160,8 @@ def _serve(subject: Subject, load: Load, runtime: RuntimeConfig, tick: Callable[
     def run(rate: float | None) -> Served:
         return serve(
             subject.runtime, subject.tokenizer, load.planned(vocab, rate),
-            rate=rate, prefix_cache=runtime.prefix_cache, speculation=speculation_of(runtime), tick=tick,
+            rate=rate, prefix_cache=runtime.prefix_cache, speculation=speculation_of(runtime),
+            max_batch=runtime.max_batch, tick=tick,
         )  # fmt: skip
 
     if load.warm_up:
@@ -178,8 +181,8 @@ def _refuse_unused(*, static: bool, serves: bool) -> None:
                 raise click.UsageError(f"{option.opts[0]} is for {instead}")
 
 
-def _numbers(text: str, option: str, kind: Callable[[str], Number]) -> list[Number]:
+def _numbers(text: str | None, option: str, kind: Callable[[str], Number]) -> list[Number]:
     try:
-        return [kind(part) for part in text.split(",")] if text.strip() else []
+        return [] if text is None else [kind(part) for part in text.split(",")]
     except ValueError:
         raise click.BadParameter(f"{text!r} is not a list of numbers such as 1,8", param_hint=option) from None

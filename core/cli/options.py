@@ -23,6 +23,15 @@ _SAMPLING = {
 }
 
 
+_MOST_REPETITIONS = 1_000_000
+
+
+def check_repetitions(number: int) -> None:
+    """Raises BadParameter for a number of runs that cannot be."""
+    if not 1 <= number <= _MOST_REPETITIONS:
+        raise click.BadParameter(f"must be from 1 to {_MOST_REPETITIONS:,}, got {number:,}", param_hint="-r")
+
+
 def settings(*, sampling: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Adds ``--set`` and shorthands for settings; the command receives them as ``overrides``, a list of ``key=value``.
 

@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import click
+
 from .. import devices
 from ..bench.shapes import SHAPES, metadata, tensors, types
 from ..errors import ConfigError, RequestError
@@ -48,10 +50,32 @@ class Subject:
         return None if self.model is None else self.model.tokenizer
 
 
-def open_model(stack: ExitStack, config: RunConfig, tests: Sequence[Case], progress: Progress) -> Subject:
+def shape_names(shape: str | None, quant: str | None) -> list[str | None]:
+    """What --shape and --quant ask for, each as :func:`open_shape` takes it; [None] without a shape.
+
+    Raises UsageError where they do not go together, ConfigError for a shape or quantisation that is not known.
+    """
+    if quant is not None and (shape is None or ":" in shape):
+        raise click.UsageError("--quant goes with --shape NAME, where NAME does not name one itself")
+    names: list[str | None] = [shape]
+    if quant is not None:
+        names = [f"{shape}:{part.strip()}" for part in quant.split(",")]
+    for name in names:
+        if name is not None:
+            known, colon, mix = name.partition(":")
+            if known not in SHAPES:
+                raise ConfigError(f"there is no shape {known!r}; known:\n{shape_list()}")
+            types(mix if colon else DEFAULT_QUANT, {"output.weight": (1, 256)}, 1)
+    return names
+
+
+def open_model(
+    stack: ExitStack, config: RunConfig, tests: Sequence[Case], progress: Progress, lower: str = "-p, -n or -d"
+) -> Subject:
     """The configured model, with as much context and batch as the tests need unless the config asks for more context.
 
-    It is closed with ``stack``. Raises RequestError for a test beyond the model's context, else as LLM does.
+    It is closed with ``stack``. ``lower``: the options that lengths come from. Raises RequestError for a test beyond
+    the model's context, else as LLM does.
     """
     from ..sources import resolve_model
 
@@ -62,7 +86,7 @@ def open_model(stack: ExitStack, config: RunConfig, tests: Sequence[Case], progr
     start = time.perf_counter()
     ignored = config.model.ignore_metadata
     model = stack.enter_context(Model(path, registry, architecture=config.architecture, ignore_metadata=ignored))
-    _check(model.name, model.decoder, tests)
+    _check(model.name, model.decoder, tests, lower)
     runtime = devices.load(device, model.decoder, model.file, options, registry.module_kinds(), progress)
     stack.callback(runtime.close)
     seconds = time.perf_counter() - start
@@ -70,20 +94,25 @@ def open_model(stack: ExitStack, config: RunConfig, tests: Sequence[Case], progr
     return Subject(*said, runtime, device, note, seconds, model)
 
 
-def open_shape(stack: ExitStack, config: RunConfig, text: str, tests: Sequence[Case], progress: Progress) -> Subject:
-    """Random weights of the shape ``NAME`` or ``NAME:QUANT``; otherwise as :func:`open_model`."""
+def open_shape(
+    stack: ExitStack,
+    config: RunConfig,
+    text: str,
+    tests: Sequence[Case],
+    progress: Progress,
+    lower: str = "-p, -n or -d",
+) -> Subject:
+    """Random weights of a shape as :func:`shape_names` gives it; otherwise as :func:`open_model`."""
     from ..bench.random_weights import RandomWeights
 
-    name, _, quant = text.partition(":")
-    quant = quant or DEFAULT_QUANT
-    shape = SHAPES.get(name)
-    if shape is None:
-        raise ConfigError(f"there is no shape {name!r}; known:\n{shape_list()}")
+    name, colon, quant = text.partition(":")
+    quant = quant if colon else DEFAULT_QUANT
+    shape = SHAPES[name]
     sizes = tensors(shape)
     device, note = devices.resolve_device(config.device)
     registry = discover(config.plugins.disable)
     decoder, plugin, _ = registry.decoder(metadata(shape), sizes, architecture=config.architecture)
-    _check(name, decoder, tests)
+    _check(name, decoder, tests, lower)
     source = RandomWeights(sizes, types(quant, sizes, shape.layers))
     start = time.perf_counter()
     runtime = devices.load(device, decoder, source, _options(config, tests), registry.module_kinds(), progress)
@@ -108,10 +137,10 @@ def _options(config: RunConfig, tests: Sequence[Case]) -> RuntimeOptions:
     return replace(options, context=context, max_batch=max(test.batch for test in tests))
 
 
-def _check(name: str, decoder: Decoder, tests: Sequence[Case]) -> None:
-    for test in tests:
-        if test.context > decoder.context:
-            raise RequestError(
-                f"{test.label} needs a context of {test.context:,} tokens; {name} was made for "
-                f"{decoder.context:,}. Lower -p, -n or -d"
-            )
+def _check(name: str, decoder: Decoder, tests: Sequence[Case], lower: str) -> None:
+    longest = max(tests, key=lambda test: test.context)
+    if longest.context > decoder.context:
+        raise RequestError(
+            f"a sequence of {longest.depth:,} + {longest.tokens:,} tokens needs a context of {longest.context:,}; "
+            f"{name} was made for {decoder.context:,}. Lower {lower}"
+        )

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from . import yaml_marks
-from .describe import did_you_mean, field_at, fields, takes_list, takes_null, takes_text, unknown_key
+from .describe import did_you_mean, field_at, fields, section_in, takes_list, takes_null, takes_text, unknown_key
 from .tree import Node, from_python, nest
 
 MAX_BYTES = 1 << 20
@@ -71,11 +71,19 @@ def from_environment(environ: Mapping[str, str]) -> tuple[list[Node], Problems]:
         if not name.startswith(PREFIX) or name in RESERVED or name.startswith(PREFIX + "TEST_") or not text:
             continue
         origin = f"environment {name}"
-        if name not in known:
+        path = known[name].split(".") if name in known else name.removeprefix(PREFIX).lower().split("__")
+        if name not in known and not _inside(path):
             problems.append((origin, f"no setting has this name{did_you_mean(name, [*known, *RESERVED])}"))
             continue
-        _add(known[name].split("."), text, origin, trees, problems)
+        _add(path, text, origin, trees, problems)
     return trees, problems
+
+
+def _inside(path: Sequence[str]) -> bool:
+    """Whether a key lies in a setting that may be a section, as runtime.speculation.max_tokens does."""
+    info = field_at(path[:-1]) if len(path) > 1 else None
+    section = section_in(info) if info is not None else None
+    return section is not None and path[-1] in section.model_fields
 
 
 def from_overrides(overrides: Sequence[str]) -> tuple[list[Node], Problems]:

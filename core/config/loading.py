@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class LoadedConfig:
 
     An origin is ``command line``, ``environment POLYHEAD_RUNTIME__CONTEXT``, ``configs/x.yaml:7:3`` (line and column
     of the key, from 1), ``configuration`` (a Python mapping), ``model`` (the source itself is the model) or
-    ``default``.
+    ``default``. Where parts of a value are from a stronger layer, that follows after a comma.
     """
 
     config: RunConfig
@@ -231,4 +231,14 @@ def _origin(root: Node, key: str) -> str:
     node: Node | None = root
     for part in key.split("."):
         node = node.child(part) if node else None
-    return node.key_origin if node else "default"
+    if node is None:
+        return "default"
+    stronger = {origin: None for origin in _origins(node) if not re.search(r":[0-9]+:[0-9]+$", origin)}
+    return ", ".join(dict.fromkeys([node.key_origin, *stronger]))
+
+
+def _origins(node: Node) -> Iterator[str]:
+    """Where a value and its parts are from."""
+    yield node.key_origin
+    for child in node.value.values() if isinstance(node.value, dict) else ():
+        yield from _origins(child)

@@ -225,6 +225,23 @@ def test_a_misspelt_variable_is_an_error_and_reserved_ones_are_not() -> None:
     )
 
 
+def test_parts_of_a_section_come_from_any_layer_and_say_so(run_yaml: Path) -> None:
+    run_yaml.write_text("model: m.gguf\nruntime:\n  speculation: {ngram_min: 1, max_tokens: 5}\n")
+    environ = {"POLYHEAD_RUNTIME__SPECULATION__MAX_TOKENS": "3"}
+    loaded = load_config(run_yaml, environ=environ)
+    found = loaded.config.runtime.speculation
+    assert found is not None
+    assert (found.ngram_min, found.max_tokens) == (1, 3)
+    place = f"{run_yaml}:3:3"
+    assert loaded.origins["runtime.speculation"] == f"{place}, environment POLYHEAD_RUNTIME__SPECULATION__MAX_TOKENS"
+    both = load_config(run_yaml, environ=environ, overrides=["runtime.speculation.ngram_max=4"])
+    assert both.origins["runtime.speculation"].endswith("MAX_TOKENS, command line")
+    assert load_config(run_yaml, environ={}).origins["runtime.speculation"] == place
+    for name in ("POLYHEAD_RUNTIME__SPECULATION__MAX_TOKEN", "POLYHEAD_RUNTIME__CONTEXT__X", "POLYHEAD__X"):
+        with pytest.raises(ConfigError, match="no setting has this name"):
+            load_config(run_yaml, environ={name: "3"})
+
+
 def test_the_process_environment_is_used_unless_another_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POLYHEAD_DEVICE", "cpu")
     assert load_config(BASE).config.device == "cpu"

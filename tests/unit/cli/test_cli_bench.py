@@ -130,7 +130,8 @@ def test_bench_measures_a_shape_without_a_file(invoke: Invoke) -> None:
         (("-b", "0"), "batch"),
         (("-b", "x"), "'x'"),
         (("-p", "-1"), "-1"),
-        (("-r", "0"), "at least 1"),
+        (("-r", "0"), "from 1 to 1,000,000, got 0"),
+        (("-r", str(10**30)), "from 1 to 1,000,000"),
         (("-p", "8", "--set", "runtime.context=4"), "context of 8"),
     ],
 )
@@ -139,6 +140,22 @@ def test_bench_refuses(invoke: Invoke, llama: str, args: tuple[str, ...], word: 
     assert result.exit_code == 2
     assert word in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("args", [("--shape", "llama-1b:"), ("--shape", "llama-1b", "--quant", "Q8_0,")])
+@pytest.mark.parametrize("way", [(), ("throughput",)])
+def test_an_empty_quantisation_is_not_the_default(invoke: Invoke, way: tuple[str, ...], args: tuple[str, ...]) -> None:
+    result = invoke("bench", *way, *args)
+    assert result.exit_code == 2
+    assert "quantisation '' is unknown" in result.stderr
+
+
+def test_bench_says_where_a_batch_is_larger_than_configured(invoke: Invoke, llama: str) -> None:
+    args = ("-p", "0", "-n", "2", "-r", "1", "-b", "3", "--device", "cpu")
+    assert "max_batch" not in invoke("bench", llama, *args).stderr
+    found = invoke("bench", llama, *args, "--set", "runtime.max_batch=2")
+    assert found.exit_code == 0
+    assert "3 sequences" in found.stderr
 
 
 def test_bench_says_that_it_does_not_guess(invoke: Invoke, llama: str) -> None:

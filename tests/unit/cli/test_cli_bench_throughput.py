@@ -287,8 +287,14 @@ def test_a_shape_needs_no_file_and_no_tokenizer(invoke: Invoke, monkeypatch: pyt
     [
         (("-b", "x"), "'x'"),
         (("-b", "0"), "batch"),
-        (("-b", "2", "-p", "60", "-n", "10"), "made for 64"),
-        (("-b", "2", "-p", "4", "-n", "2", "-r", "0"), "at least 1"),
+        (("-b", "2", "-p", "60", "-n", "10"), "Lower -p or -n"),
+        (("-b", "2", "-p", "4", "-n", "2", "-r", "0"), "from 1 to 1,000,000, got 0"),
+        (("-b", " "), "' '"),
+        (("-b", ""), "''"),
+        (("--rate", ""), "--rate"),
+        (("--rate", "1e-9", "--requests", "2", "--input", "4"), "hours"),
+        (("--requests", "1000000", "--input", "4:60"), "60,000,000"),
+        (("--requests", "2", "--input", "60:60", "--output", "5:5"), "Lower --input or --output"),
         (("--requests", "0"), "requests"),
         (("--rate", "0"), "above 0"),
         (("--rate", "nan"), "above 0"),
@@ -297,6 +303,7 @@ def test_a_shape_needs_no_file_and_no_tokenizer(invoke: Invoke, monkeypatch: pyt
         (("--requests", "2", "--input", "4", "--shared", "5"), "shared"),
         (("--plot", "picture.txt"), ".png"),
         (("--plot", "no/such/picture.png"), "cannot be written"),
+        (("--plot", 300 * "x" + ".png"), "cannot be written"),
         (("--shape", "tiny"), "not both"),
         (("-b", "2", "--input", "4"), "--input is for requests"),
         (("-b", "2", "--seed", "1"), "--seed is for requests"),
@@ -310,6 +317,18 @@ def test_what_cannot_be_measured_is_refused(invoke: Invoke, llama: str, args: tu
     assert result.exit_code == 2, result.stdout
     assert word in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_requests_run_as_many_at_once_as_configured_whatever_the_static_batches(invoke: Invoke, llama: str) -> None:
+    lengths = ("--requests", "6", "--input", "4", "--output", "4", "--no-warm-up", "-o", "json", *CPU)
+    static = ("-b", "5", "-p", "4", "-n", "2", "-r", "1")
+    steps = {}
+    for batch in ("1", "6"):
+        found = invoke("bench", "throughput", llama, *static, *lengths, "--set", f"runtime.max_batch={batch}")
+        assert found.exit_code == 0, found.stderr
+        assert ("5 sequences" in found.stderr) == (batch == "1")
+        steps[batch] = json.loads(found.stdout)["runs"][0]["steps"]
+    assert steps["1"] >= 6 * 4 > steps["6"]
 
 
 def test_shapes_are_listed_as_bench_lists_them(invoke: Invoke) -> None:
