@@ -45,8 +45,9 @@ class StaticCase:
         return -(-self.batch * self.prompt // max(1, tokens_per_step - self.batch)) + 2
 
     def blocks(self, tokens_per_step: int, block_size: int) -> int:
-        """KV blocks of one sequence. The scheduler wants one to spare for each when it admits the prompt."""
-        return max(-(-self.longest(tokens_per_step) // block_size), -(-self.prompt // block_size) + 1)
+        """KV blocks of one sequence. For each other one the scheduler wants one to spare when it admits a prompt."""
+        spare = 1 if self.batch > 1 else 0
+        return max(-(-self.longest(tokens_per_step) // block_size), -(-self.prompt // block_size) + spare)
 
     def needs(self, tokens_per_step: int, block_size: int) -> Case:
         """What a model must be loaded for."""

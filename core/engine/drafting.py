@@ -58,8 +58,8 @@ class NgramDrafter:
             ("ngram_max", ngram_max, 1, MAX_DRAFT),
             ("ngram_min", ngram_min, 1, ngram_max),
         ):
-            if not low <= value <= high:
-                raise ConfigError(f"{name} of speculation must be from {low} to {high}, got {value}")
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise ConfigError(f"{name} of speculation must be a whole number from {low} to {high}, got {value!r}")
         self.max_tokens, self.ngram_max, self.ngram_min = max_tokens, ngram_max, ngram_min
 
     def draft(self, request: Drafted, most: int) -> tuple[int, ...]:

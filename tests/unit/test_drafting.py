@@ -105,10 +105,12 @@ def test_wrong_guesses_make_it_rest_and_right_ones_bolder():
 @pytest.mark.parametrize(
     ("numbers", "says"),
     [
-        ({"max_tokens": 0}, "max_tokens of speculation must be from 1 to 32, got 0"),
+        ({"max_tokens": 0}, "max_tokens of speculation must be a whole number from 1 to 32, got 0"),
         ({"max_tokens": 33}, "from 1 to 32, got 33"),
-        ({"ngram_max": 0}, "ngram_max of speculation must be from 1 to 32, got 0"),
-        ({"ngram_max": 2, "ngram_min": 3}, "ngram_min of speculation must be from 1 to 2, got 3"),
+        ({"max_tokens": 1.5}, "got 1.5"),
+        ({"ngram_min": True}, "got True"),
+        ({"ngram_max": 0}, "ngram_max of speculation must be a whole number from 1 to 32, got 0"),
+        ({"ngram_max": 2, "ngram_min": 3}, "ngram_min of speculation must be a whole number from 1 to 2, got 3"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(numbers, says):

@@ -331,6 +331,13 @@ def test_requests_run_as_many_at_once_as_configured_whatever_the_static_batches(
     assert steps["1"] >= 6 * 4 > steps["6"]
 
 
+def test_a_batch_of_one_may_fill_the_context(invoke: Invoke, llama: str) -> None:
+    for block in ("16", "1024"):
+        args = ("-b", "1", "-p", "59", "-n", "2", "-r", "1", "--set", f"runtime.block_size={block}", *CPU)
+        found = invoke("bench", "throughput", llama, *args)
+        assert found.exit_code == 0, found.stderr
+
+
 def test_shapes_are_listed_as_bench_lists_them(invoke: Invoke) -> None:
     found = invoke("bench", "throughput", "--shape", "?")
     assert found.exit_code == 0
