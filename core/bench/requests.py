@@ -15,7 +15,7 @@ from .cases import Case
 MOST_REQUESTS = 1_000_000
 MOST_TOKENS = 1 << 20
 MOST_PROMPTS = 1 << 25  # tokens of all prompts: they are held in memory, some 40 bytes each
-LONGEST = 24 * 3600  # seconds until the last request arrives
+MOST_SECONDS = 24 * 3600  # until the last request arrives
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +70,10 @@ class Load:
         for rate in self.rates:
             if not 0 < rate < math.inf:
                 raise RequestError(f"a rate must be a number of requests per second above 0, got {rate:g}")
-            if self.count / rate > LONGEST:
+            if self.count / rate > MOST_SECONDS:
                 raise RequestError(
                     f"{self.count:,} requests at {rate:g} a second arrive for {self.count / rate / 3600:,.0f} hours; "
-                    f"at most {LONGEST // 3600} are measured"
+                    f"at most {MOST_SECONDS // 3600} are measured"
                 )
         if self.count * self.inputs.high > MOST_PROMPTS:
             raise RequestError(

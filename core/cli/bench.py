@@ -11,12 +11,15 @@ import click
 from .. import __version__
 from . import facts
 from .console import Console, pass_console, verbosity
-from .loading import load_settings, say_batch
+from .loading import load_settings
 from .options import check_repetitions, settings
 
 if TYPE_CHECKING:
     from ..bench import Limits, Report, Result
     from .subject import Subject
+
+
+_LENGTHS = "-p, -n or -d"
 
 
 class _Bench(click.Command):
@@ -70,14 +73,12 @@ def command(
     polyhead bench throughput measures many sequences at once: static batches, and requests that arrive.
     """
     from ..bench import cases, measure, measure_limits
-    from .subject import open_model, open_shape, shape_list, shape_names
+    from .subject import open_model, open_shape, say_batch, shape_list, shape_names
 
     if shape == "?":
         console.result(shape_list())
         return
-    if (source is None) == (shape is None):
-        raise click.UsageError("give a CONFIG or MODEL, or --shape NAME[:QUANT], not both")
-    shapes = shape_names(shape, quant)
+    shapes = shape_names(source, shape, quant)
     tests = cases(prompt_tokens, gen_tokens, depth, _numbers(batch))
     check_repetitions(repetitions)
     # A shape needs no model, yet its other settings are checked like those of one.
@@ -87,16 +88,16 @@ def command(
             "polyhead: measured without runtime.speculation: every step is a token for each. "
             "polyhead bench throughput --requests N measures with it"
         )
-    say_batch(console, max(test.batch for test in tests), loaded.config.runtime.max_batch)
+    say_batch(console, tests, loaded.config)
     limits: Limits | None = None
     found = []
     for name in shapes:
         with ExitStack() as stack:
             with console.loading() as progress:
                 if name is not None:
-                    subject = open_shape(stack, loaded.config, name, tests, progress)
+                    subject = open_shape(stack, loaded.config, name, tests, progress, _LENGTHS)
                 else:
-                    subject = open_model(stack, loaded.config, tests, progress)
+                    subject = open_model(stack, loaded.config, tests, progress, _LENGTHS)
             with console.counting("polyhead: measuring") as tick:
                 report = measure(subject.runtime, tests, repeats=repetitions, tick=tick)
         # Afterwards, so that its arrays do not count as the model's peak memory.

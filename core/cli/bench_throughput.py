@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from .console import Console, pass_console, verbosity
-from .loading import load_settings, say_batch
+from .loading import load_settings
 from .options import check_repetitions, settings
 
 if TYPE_CHECKING:
@@ -87,14 +87,12 @@ def command(
     from ..bench.static import measure_static, static_cases
     from ..runtime.contract import MAX_TOKENS
     from .bench_tables import Outcome
-    from .subject import open_model, open_shape, shape_list, shape_names
+    from .subject import open_model, open_shape, say_batch, shape_list, shape_names
 
     if shape == "?":
         console.result(shape_list())
         return
-    if (source is None) == (shape is None):
-        raise click.UsageError("give a CONFIG or MODEL, or --shape NAME[:QUANT], not both")
-    shapes = shape_names(shape, quant)
+    shapes = shape_names(source, shape, quant)
     check_repetitions(repetitions)
     if plot is not None:
         if len(shapes) > 1:
@@ -117,8 +115,8 @@ def command(
         )
     # In longer steps, which a GPU may take unasked, the same cases need less.
     tests = [case.needs(runtime.max_tokens_per_step or MAX_TOKENS, runtime.block_size) for case in cases]
-    if cases:
-        say_batch(console, max(batches), runtime.max_batch)
+    if tests:
+        say_batch(console, tests, loaded.config)
     if load is not None:
         load.check()
         tests.append(load.needs(runtime.max_batch))

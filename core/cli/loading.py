@@ -43,14 +43,6 @@ def load_settings(console: Console, source: str, overrides: Sequence[str]) -> Lo
     return loaded
 
 
-def say_batch(console: Console, asked: int, configured: int) -> None:
-    """Says so where -b asks for more sequences at once than the configuration allows: it is what is measured."""
-    if asked > configured:
-        console.note(
-            f"polyhead: loaded for {asked:,} sequences at once, as -b asks; runtime.max_batch is {configured:,}"
-        )
-
-
 def look_for_model(loaded: LoadedConfig) -> None:
     """Raises SourceError where the model should be on this machine and is not: no prompt is worth reading then."""
     from ..sources import LocalModel, parse_reference, resolve_model

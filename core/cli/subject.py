@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..config import RunConfig
     from ..runtime.contract import LoadedModel, RuntimeOptions, WeightInfo
     from ..tokenizer import Tokenizer
+    from .console import Console
 
 Progress = Callable[[int, int], None] | None
 DEFAULT_QUANT = "Q4_K_M"
@@ -50,28 +51,37 @@ class Subject:
         return None if self.model is None else self.model.tokenizer
 
 
-def shape_names(shape: str | None, quant: str | None) -> list[str | None]:
-    """What --shape and --quant ask for, each as :func:`open_shape` takes it; [None] without a shape.
+def shape_names(source: str | None, shape: str | None, quant: str | None) -> list[str | None]:
+    """What --shape and --quant ask for, each as NAME:QUANT; [None] where a source is measured instead.
 
-    Raises UsageError where they do not go together, ConfigError for a shape or quantisation that is not known.
+    Raises UsageError where the three do not go together, ConfigError for a shape or quantisation that is not known.
     """
+    if (source is None) == (shape is None):
+        raise click.UsageError("give a CONFIG or MODEL, or --shape NAME[:QUANT], not both")
     if quant is not None and (shape is None or ":" in shape):
         raise click.UsageError("--quant goes with --shape NAME, where NAME does not name one itself")
-    names: list[str | None] = [shape]
-    if quant is not None:
-        names = [f"{shape}:{part.strip()}" for part in quant.split(",")]
-    for name in names:
-        if name is not None:
-            known, colon, mix = name.partition(":")
-            if known not in SHAPES:
-                raise ConfigError(f"there is no shape {known!r}; known:\n{shape_list()}")
-            types(mix if colon else DEFAULT_QUANT, {"output.weight": (1, 256)}, 1)
-    return names
+    if shape is None:
+        return [None]
+    name, colon, own = shape.partition(":")
+    if name not in SHAPES:
+        raise ConfigError(f"there is no shape {name!r}; known:\n{shape_list()}")
+    quants = [part.strip() for part in quant.split(",")] if quant is not None else [own if colon else DEFAULT_QUANT]
+    for each in quants:
+        types(each, {}, 0)
+    return [f"{name}:{each}" for each in quants]
 
 
-def open_model(
-    stack: ExitStack, config: RunConfig, tests: Sequence[Case], progress: Progress, lower: str = "-p, -n or -d"
-) -> Subject:
+def say_batch(console: Console, tests: Sequence[Case], config: RunConfig) -> None:
+    """Says so where tests need more sequences at once than the configuration allows: the model is loaded for them."""
+    asked = max(test.batch for test in tests)
+    if asked > config.runtime.max_batch:
+        console.note(
+            f"polyhead: loaded for {asked:,} sequences at once, as -b asks; "
+            f"runtime.max_batch is {config.runtime.max_batch:,}"
+        )
+
+
+def open_model(stack: ExitStack, config: RunConfig, tests: Sequence[Case], progress: Progress, lower: str) -> Subject:
     """The configured model, with as much context and batch as the tests need unless the config asks for more context.
 
     It is closed with ``stack``. ``lower``: the options that lengths come from. Raises RequestError for a test beyond
@@ -100,13 +110,12 @@ def open_shape(
     text: str,
     tests: Sequence[Case],
     progress: Progress,
-    lower: str = "-p, -n or -d",
+    lower: str,
 ) -> Subject:
-    """Random weights of a shape as :func:`shape_names` gives it; otherwise as :func:`open_model`."""
+    """Random weights of the shape ``NAME:QUANT``, as :func:`shape_names` gives it; otherwise as :func:`open_model`."""
     from ..bench.random_weights import RandomWeights
 
-    name, colon, quant = text.partition(":")
-    quant = quant if colon else DEFAULT_QUANT
+    name, _, quant = text.partition(":")
     shape = SHAPES[name]
     sizes = tensors(shape)
     device, note = devices.resolve_device(config.device)

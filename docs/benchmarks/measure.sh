@@ -21,7 +21,7 @@ shift 2
 read -ra all <<<"$stages"
 [[ $# -gt 0 ]] || set -- "${all[@]}"
 for stage in "$@"; do
-    if [[ " $stages " != *" $stage "* ]]; then
+    if [[ ! $stage =~ ^[a-z]+$ || " $stages " != *" $stage "* ]]; then
         echo "$0: there is no stage $stage; $usage" >&2
         exit 2
     fi
@@ -32,10 +32,7 @@ folder=$(cd "$folder" && pwd)
 bench() { # NAME ARGUMENT…: the figures into a file
     local file=$folder/$prefix-$1.json
     shift
-    if ! polyhead bench "$@" --device cuda -q -o json >"$file.part"; then
-        rm -f "$file.part"
-        exit 1
-    fi
+    polyhead bench "$@" --device cuda -q -o json >"$file.part" || { local code=$? && rm "$file.part" && exit "$code"; }
     mv "$file.part" "$file"
     echo "$file: $*"
 }
