@@ -11,8 +11,8 @@ import pytest
 from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
-from polyhead import LLM
-from polyhead.bench import Case, cases, measure_limits, perplexity, windows
+from polyhead import LLM, devices
+from polyhead.bench import Case, cases, measure_limits, perplexity, shapes, windows
 from polyhead.bench.work import flops, read_bytes, weight_bytes_per_step
 
 Invoke = Callable[..., Result]
@@ -142,10 +142,17 @@ def test_bench_refuses(invoke: Invoke, llama: str, args: tuple[str, ...], word: 
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("args", [("--shape", "llama-1b:"), ("--shape", "llama-1b", "--quant", "Q8_0,")])
-@pytest.mark.parametrize("way", [(), ("throughput",)])
-def test_an_empty_quantisation_is_not_the_default(invoke: Invoke, way: tuple[str, ...], args: tuple[str, ...]) -> None:
-    result = invoke("bench", *way, *args)
+@pytest.mark.parametrize("args", [("--shape", "tiny:"), ("--shape", "tiny", "--quant", "F16,")])
+@pytest.mark.parametrize("way", [("-p", "0", "-n", "2"), ("throughput", "-b", "1", "-p", "4", "-n", "2")])
+def test_an_empty_quantisation_is_not_the_default(
+    invoke: Invoke, way: tuple[str, ...], args: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = shapes.Shape("tiny", "llama", 2, 32, 4, 2, 8, 64, 97, 128, tied=True)
+    monkeypatch.setitem(shapes.SHAPES, "tiny", tiny)
+    monkeypatch.setattr(
+        devices, "load", lambda *_: pytest.fail("what was asked for is known before anything is loaded")
+    )
+    result = invoke("bench", *way, *args, "--device", "cpu")
     assert result.exit_code == 2
     assert "quantisation '' is unknown" in result.stderr
 

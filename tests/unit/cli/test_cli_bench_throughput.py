@@ -292,8 +292,6 @@ def test_a_shape_needs_no_file_and_no_tokenizer(invoke: Invoke, monkeypatch: pyt
         (("-b", " "), "' '"),
         (("-b", ""), "''"),
         (("--rate", ""), "--rate"),
-        (("--rate", "1e-9", "--requests", "2", "--input", "4"), "hours"),
-        (("--requests", "1000000", "--input", "4:60"), "60,000,000"),
         (("--requests", "2", "--input", "60:60", "--output", "5:5"), "Lower --input or --output"),
         (("--requests", "0"), "requests"),
         (("--rate", "0"), "above 0"),
@@ -336,6 +334,16 @@ def test_a_batch_of_one_may_fill_the_context(invoke: Invoke, llama: str) -> None
         args = ("-b", "1", "-p", "59", "-n", "2", "-r", "1", "--set", f"runtime.block_size={block}", *CPU)
         found = invoke("bench", "throughput", llama, *args)
         assert found.exit_code == 0, found.stderr
+
+
+def test_loads_that_never_end_or_fill_the_memory_are_refused() -> None:
+    short = Span(4, 60)
+    Load(1_000_000, Span(1, 33), short).check()
+    with pytest.raises(RequestError, match="60,000,000; at most 33,554,432"):
+        Load(1_000_000, short, short).check()
+    Load(86_400, short, short, rates=[1.0]).check()
+    with pytest.raises(RequestError, match="at 1e-09 a second arrive for 555,556 hours; at most 24"):
+        Load(2, short, short, rates=[5.0, 1e-9]).check()
 
 
 def test_shapes_are_listed_as_bench_lists_them(invoke: Invoke) -> None:
